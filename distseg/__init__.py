@@ -1,0 +1,24 @@
+"""distseg: Ray-distributed semi-supervised 3D segmentation by embedding matching (Xie et al., MIDL 2024).
+
+Every verb of the command line is a function here: `distseg.train(...)`, `distseg.ingest(...)`. They load lazily, so
+that `import distseg` costs nothing. Axis order is Z, Y, X everywhere inside.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+VERBS = ("benchmark", "cohort", "demo", "evaluate", "ingest", "predict", "train")
+__all__ = ["__version__", *VERBS]
+
+if TYPE_CHECKING:
+    from distseg.api import benchmark, cohort, demo, evaluate, ingest, predict, train
+
+
+def __getattr__(name: str) -> Any:
+    if name in VERBS:
+        from distseg import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'distseg' has no attribute {name!r}")

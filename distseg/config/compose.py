@@ -1,0 +1,124 @@
+"""From names and dotted keys to one typed `TrainRunConfig`; and from the config to hashes and YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distseg.config.checks import one_of
+from distseg.config.presets import MATCHINGS, METHODS, ON_GPU, PRESET_METHOD, PRESETS, default_preset
+from distseg.config.schema import TrainRunConfig
+from distseg.errors import ConfigError
+
+Config = TypeVar("Config")
+
+# What decides nothing about the result of a run, and so is no part of its identity (DESIGN section 2).
+NOT_IDENTITY = ("run", "resources", "launcher", "checkpoint", "logging", "dry_run", "train.profile", "train.threads")
+# What every method of a table must share.
+RECIPE = ("data", "network", "sampling", "augment", "optimizer", "train")
+
+
+def train_config(
+    *,
+    cohort: str,
+    run: str,
+    method: str = "embedding_matching",
+    preset: str | None = None,
+    matching: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> TrainRunConfig:
+    """Compose the config of one run without Hydra.
+
+    `overrides` maps dotted keys to values, e.g. {"train.steps": 600, "data.spacing_mm": [3, 4, 4]}.
+    Raises ConfigError for an unknown name or key, or a value outside its rule.
+    """
+    overrides = dict(overrides or {})
+    gpus_per_worker = float(overrides.get("resources.gpus_per_worker", 0.0))
+    preset = preset or default_preset(gpus_per_worker)
+    one_of("method", method, tuple(METHODS))
+    one_of("preset", preset, tuple(PRESETS))
+    layers = [METHODS[method], PRESETS[preset], PRESET_METHOD.get((preset, method), {})]
+    if gpus_per_worker > 0:
+        layers.append(ON_GPU.get(preset, {}))
+    if matching is not None:
+        one_of("matching", matching, tuple(MATCHINGS))
+        layers.append(MATCHINGS[matching])
+    node = OmegaConf.structured(TrainRunConfig)
+    try:
+        for layer in (*layers, {"cohort": cohort, "run": run}):
+            node = OmegaConf.merge(node, layer)
+        for key, value in overrides.items():
+            OmegaConf.update(node, key, value, force_add=False)
+    except OmegaConfBaseException as error:
+        raise ConfigError(first_line(error), fix="distseg train --help lists the keys") from None
+    return to_typed(node, TrainRunConfig)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def to_typed(node: DictConfig, kind: type[Config]) -> Config:
+    """The dataclass behind a composed node; raises ConfigError for a missing or ill-typed value."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(node))
+        if missing:
+            raise ConfigError("key not given", where=missing[0], fix=f"add {missing[0]}=...")
+        typed = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        raise ConfigError(first_line(error), where=getattr(error, "full_key", None)) from None
+    if not isinstance(typed, kind):
+        raise TypeError(f"expected {kind.__name__}, composed {type(typed).__name__}")
+    return typed
+
+
+def from_plain(values: Mapping[str, Any], kind: type[Config]) -> Config:
+    """The dataclass of a plain mapping, e.g. read back from RUN/config.yaml. Unknown keys are refused."""
+    try:
+        node = OmegaConf.merge(OmegaConf.structured(kind), dict(values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(first_line(error)) from None
+    return to_typed(node, kind)  # type: ignore[arg-type]  # merge of a structured node is a DictConfig
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of a nested mapping, in order."""
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def identity(config: TrainRunConfig) -> dict[str, Any]:
+    """The dotted keys that make this run the run it is."""
+    return {
+        key: value
+        for key, value in flatten(to_plain(config))
+        if not any(key == skip or key.startswith(f"{skip}.") for skip in NOT_IDENTITY)
+    }
+
+
+def identity_hash(config: TrainRunConfig) -> str:
+    return _digest(identity(config))
+
+
+def recipe_hash(config: TrainRunConfig) -> str:
+    """One hash for all runs that differ in `method`, `matching`, `references` and the branch's parent alone."""
+    shared = {k: v for k, v in identity(config).items() if k.split(".")[0] in RECIPE and k != "train.init_from"}
+    return _digest(shared)
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,381 @@
+"""The schema: every key of every verb, its type, default, unit and rule. YAML and presets only name values of these.
+
+Sizes and spacings are in Z, Y, X order. `"???"` marks a key the user must give (OmegaConf's MISSING).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from distseg.config.checks import at_least, at_least_one_of, between, one_of, require
+
+MISSING = "???"
+METHOD_NAMES = ("supervised", "mean_teacher", "uamt", "embedding_matching")
+PRESET_NAMES = ("small", "full", "xie2024")
+LAUNCHERS = ("ray", "local")
+
+
+@dataclass
+class DataConfig:
+    """Which scans train, and on what grid. `labeled_scans`, `labeled_patches`: None takes all there are."""
+
+    spacing_mm: list[float] | None = None  # Z Y X; None: the median spacing of the labelled training scans
+    labeled_scans: int | None = None
+    labeled_ids: list[str] | None = None  # names the labelled scans outright, instead of a seeded draw
+    labeled_patches: int | None = None  # a fixed set of this many labelled patches, drawn with subset_seed
+    subset_seed: int = 0
+    pseudo_labels: str | None = None  # an output folder of `distseg label`
+    mirror_pairs: list[list[str]] | None = None  # classes that swap under a left-right flip
+    in_memory: bool = True  # keep the training volumes in RAM; off: patches come from the store
+
+    def __post_init__(self) -> None:
+        if self.spacing_mm is not None:
+            require(
+                len(self.spacing_mm) == 3 and min(self.spacing_mm) > 0,
+                "data.spacing_mm",
+                self.spacing_mm,
+                "three positive millimetres in Z, Y, X order",
+                "set data.spacing_mm=[3,4,4]",
+            )
+        for name in ("labeled_scans", "labeled_patches"):
+            if getattr(self, name) is not None:
+                at_least(f"data.{name}", getattr(self, name), 1)
+
+
+@dataclass
+class NetworkConfig:
+    """3D U-Net (Cicek 2016): level l has convolutions of f 2^l and 2 f 2^l filters, f = base_filters."""
+
+    base_filters: int = 8
+    levels: int = 4
+    dropout: str = "all"  # all: after every convolution but the output's (paper); decoder: the encoder runs once
+    dropout_rate: float = 0.15
+
+    def __post_init__(self) -> None:
+        at_least("network.base_filters", self.base_filters, 1)
+        between("network.levels", self.levels, 2, 7)
+        one_of("network.dropout", self.dropout, ("all", "decoder"))
+        between("network.dropout_rate", self.dropout_rate, 0.0, 0.9)
+
+
+@dataclass
+class SamplingConfig:
+    """Where patches are placed. The labelled rest beyond `foreground_share` is uniform inside the body."""
+
+    patch_zyx: list[int] = field(default_factory=lambda: [32, 32, 32])
+    foreground_share: float = 0.5
+    unlabelled: str = "body"  # body: uniform inside it; doubt: a share where a coarse teacher pass is unsure
+    doubt_share: float = 0.5
+    doubt_every_steps: int = 100
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.patch_zyx) == 3 and min(self.patch_zyx) >= 8,
+            "sampling.patch_zyx",
+            self.patch_zyx,
+            "three sizes of at least 8 voxels in Z, Y, X order",
+            "set sampling.patch_zyx=[32,32,32]",
+        )
+        between("sampling.foreground_share", self.foreground_share, 0.0, 1.0)
+        one_of("sampling.unlabelled", self.unlabelled, ("body", "doubt"))
+        between("sampling.doubt_share", self.doubt_share, 0.0, 1.0)
+        at_least("sampling.doubt_every_steps", self.doubt_every_steps, 1)
+
+
+@dataclass
+class AugmentConfig:
+    """Augmentation of both halves of a slot. Intensities are z-scored, so sigmas and shifts are in those units."""
+
+    flip: bool = True  # each axis with probability 1/2; left-right only where no class is lateral
+    intensity_scale: float = 0.1  # contrast factor in 1 +- this
+    intensity_shift: float = 0.1  # brightness offset in +- this
+    student_noise_sigma: float = 0.02
+
+    def __post_init__(self) -> None:
+        between("augment.intensity_scale", self.intensity_scale, 0.0, 1.0)
+        between("augment.intensity_shift", self.intensity_shift, 0.0, 10.0)
+        between("augment.student_noise_sigma", self.student_noise_sigma, 0.0, 10.0)
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam. `schedule`: constant, or poly (lr (1 - step/total)^0.9) over this run and the one it branched from."""
+
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    schedule: str = "poly"
+
+    def __post_init__(self) -> None:
+        between("optimizer.lr", self.lr, 1e-8, 10.0)
+        one_of("optimizer.schedule", self.schedule, ("constant", "poly"))
+
+
+@dataclass
+class MethodConfig:
+    """What turns teacher outputs into loss terms. A weight is the value its ramp reaches at the last step (Eq 1)."""
+
+    name: str = "embedding_matching"
+    weight_ua: float = 0.25
+    weight_nn: float = 0.125
+    weight_en: float = 0.125
+    weight_consistency: float = 0.1
+    passes: int = 5  # Monte-Carlo dropout passes of the teacher, M
+    teacher_noise_sigma: float = 0.01
+    teacher_noise_clip: float | None = None  # None: not clipped
+    uncertainty: str = "mean_of_entropies"  # Eq 2; entropy_of_mean is UA-MT's
+    threshold: str = "paper"  # paper: [0.75 + ramp(0.25)] ln C; fixed: value x ln C; quantile: of the slot's entropies
+    threshold_value: float = 0.75
+    temperature: float = 1.0  # of Eq 4; 1 is the paper's
+
+    def __post_init__(self) -> None:
+        one_of("method", self.name, METHOD_NAMES)
+        for key in ("weight_ua", "weight_nn", "weight_en", "weight_consistency", "teacher_noise_sigma"):
+            between(f"method.{key}", getattr(self, key), 0.0, 1e3)
+        between("method.passes", self.passes, 1, 64)
+        one_of("method.uncertainty", self.uncertainty, ("mean_of_entropies", "entropy_of_mean"))
+        one_of("method.threshold", self.threshold, ("paper", "fixed", "quantile"))
+        between("method.threshold_value", self.threshold_value, 0.0, 1.0)
+        between("method.temperature", self.temperature, 1e-3, 1e3)
+
+
+@dataclass
+class MatchingConfig:
+    """How unreliable voxels find their references."""
+
+    kind: str = "prototypes"  # prototypes of the slot's own labelled patch (the paper)
+
+    def __post_init__(self) -> None:
+        one_of("matching", self.kind, ("prototypes",))
+
+
+@dataclass
+class ReferencesConfig:
+    """References per class: `k` voxels a draw, `draws` fresh draws whose similarity maps are averaged (l)."""
+
+    k: int = 16
+    draws: int = 5
+
+    def __post_init__(self) -> None:
+        at_least("references.k", self.k, 1)
+        at_least("references.draws", self.draws, 1)
+
+
+@dataclass
+class TrainConfig:
+    """`batch_size` counts slots over all workers; a slot is one labelled and one unlabelled patch."""
+
+    steps: int = 1000
+    batch_size: int = 2
+    init_from: str | None = None  # a run to branch from: student and optimizer copied, teacher := student, step 1
+    select: str = "last"  # last: the final checkpoint is the model; val: the best on validation
+    validate_every_steps: int | None = None  # None: a twentieth of the run, where there is a val split
+    validation_patches: int = 64
+    ema_decay: float = 0.99
+    precision: str = "auto"  # auto: bfloat16 on a GPU, float32 on CPU; float64 is for tests
+    compile: bool = False
+    activation_checkpointing: bool = False
+    profile: bool = False
+    diagnostics: bool = False  # open hidden truth of unlabelled scans to measure matched_accuracy; never trains on it
+    threads: int | None = None  # torch threads a worker; None: this machine's cores over its workers
+
+    def __post_init__(self) -> None:
+        at_least("train.steps", self.steps, 1)
+        at_least("train.batch_size", self.batch_size, 1)
+        one_of("train.select", self.select, ("last", "val"))
+        one_of("train.precision", self.precision, ("auto", "float32", "bfloat16", "float64"))
+        between("train.ema_decay", self.ema_decay, 0.0, 1.0)
+        at_least("train.validation_patches", self.validation_patches, 1)
+        for name in ("validate_every_steps", "threads"):
+            if getattr(self, name) is not None:
+                at_least(f"train.{name}", getattr(self, name), 1)
+
+
+@dataclass
+class CheckpointConfig:
+    """A checkpoint every so many steps and at the end; the newest `keep` stay, and the best on validation."""
+
+    every_steps: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.every_steps", self.every_steps, 1)
+        at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclass
+class ResourcesConfig:
+    workers: int = 1
+    gpus_per_worker: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least("resources.workers", self.workers, 1)
+        between("resources.gpus_per_worker", self.gpus_per_worker, 0.0, 1.0)
+
+
+@dataclass
+class LoggingConfig:
+    progress: bool = True
+    tensorboard: bool = True
+    tensorboard_every_steps: int = 10
+
+
+@dataclass
+class TrainRunConfig:
+    """`distseg train`."""
+
+    cohort: str = MISSING
+    run: str = MISSING
+    preset: str = "small"
+    seed: int = 0
+    launcher: str = "ray"
+    dry_run: bool = False
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    matching: MatchingConfig = field(default_factory=MatchingConfig)
+    references: ReferencesConfig = field(default_factory=ReferencesConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        one_of("preset", self.preset, PRESET_NAMES)
+        one_of("launcher", self.launcher, LAUNCHERS)
+        stride = 2 ** (self.network.levels - 1)
+        require(
+            all(size % stride == 0 for size in self.sampling.patch_zyx),
+            "sampling.patch_zyx",
+            self.sampling.patch_zyx,
+            f"every size a multiple of 2^(network.levels - 1) = {stride}",
+            f"set sampling.patch_zyx to multiples of {stride} or lower network.levels",
+        )
+        require(
+            self.resources.workers <= self.train.batch_size,
+            "resources.workers",
+            self.resources.workers,
+            f"at most train.batch_size = {self.train.batch_size}: a worker without a slot would idle",
+            "raise train.batch_size or lower resources.workers",
+        )
+
+
+@dataclass
+class IngestDataConfig:
+    spacing_mm: list[float] | None = None  # Z Y X; None keeps the native spacing
+    split: list[float] | None = None  # train, val, test shares, used where the source brings no splits.json
+
+    def __post_init__(self) -> None:
+        if self.spacing_mm is not None:
+            DataConfig(spacing_mm=self.spacing_mm)
+        if self.split is not None:
+            require(
+                len(self.split) == 3 and min(self.split) >= 0 and abs(sum(self.split) - 1) < 1e-6,
+                "data.split",
+                self.split,
+                "three shares (train, val, test) that sum to 1",
+                "set data.split=[.8,.1,.1]",
+            )
+
+
+@dataclass
+class IngestConfig:
+    """`distseg ingest`."""
+
+    source: str = MISSING
+    cohort: str = MISSING
+    launcher: str = "ray"
+    data: IngestDataConfig = field(default_factory=IngestDataConfig)
+    resources: ResourcesConfig = field(default_factory=lambda: ResourcesConfig(workers=2))
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        one_of("launcher", self.launcher, LAUNCHERS)
+
+
+@dataclass
+class CohortConfig:
+    """`distseg cohort`."""
+
+    cohort: str = MISSING
+    action: str = "list"
+    scan: str | None = None  # the scan that action=remove takes out
+
+    def __post_init__(self) -> None:
+        one_of("action", self.action, ("list", "remove", "repair"))
+
+
+@dataclass
+class EvaluateConfig:
+    """`distseg evaluate`."""
+
+    run: str = MISSING
+    cohort: str = MISSING
+    split: str = "val"
+    name: str | None = None  # folder under RUN/evaluation; None: the split's name
+    network: str = "student"  # whose figures are the table's; the other's stand beside
+    overlap: float = 0.5  # share of a window that its neighbour covers too
+    launcher: str = "local"
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        one_of("network", self.network, ("student", "teacher"))
+        between("overlap", self.overlap, 0.0, 0.9)
+        one_of("launcher", self.launcher, LAUNCHERS)
+
+
+@dataclass
+class PredictConfig:
+    """`distseg predict`."""
+
+    run: str = MISSING
+    input: str = MISSING
+    output: str = MISSING
+    network: str = "student"
+    overlap: float = 0.5
+    launcher: str = "local"
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        one_of("network", self.network, ("student", "teacher"))
+        between("overlap", self.overlap, 0.0, 0.9)
+        one_of("launcher", self.launcher, LAUNCHERS)
+
+
+@dataclass
+class DemoConfig:
+    """`distseg demo`."""
+
+    run: str = "distseg-demo"
+    scans: int = 16
+    labelled: int = 4
+    warmup_steps: int = 150
+    steps: int = 60
+    seed: int = 0
+    launcher: str = "ray"
+    resources: ResourcesConfig = field(default_factory=lambda: ResourcesConfig(workers=2))
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        one_of("launcher", self.launcher, LAUNCHERS)
+        at_least_one_of("labelled", self.labelled, self.scans)
+
+
+@dataclass
+class BenchmarkConfig:
+    """`distseg benchmark`."""
+
+    cohort: str = MISSING
+    run: str = MISSING
+    suite: str = "smoke"
+    side_by_side: int = 2  # cells that run at once, one thread each
+    launcher: str = "local"
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        at_least("side_by_side", self.side_by_side, 1)
+        one_of("launcher", self.launcher, LAUNCHERS)
