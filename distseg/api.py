@@ -1,0 +1,304 @@
+"""The verbs as typed functions, one for each verb of the command line: `distseg.train(cohort=..., run=...)`.
+
+Each builds its verb's config (whose dataclass owns defaults and rules) and hands it to `VERB_from_config`, which is
+what the command line calls too. None of an optional argument means the schema's default. Imports are lazy: with
+`launcher="local"` no Ray is imported. Relative paths are made absolute here, as Ray's workers live elsewhere; a URL
+(`scheme://...`) is left alone. All raise InputError (bad input or config) and FinishedWithFailures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from distseg.config.schema import (
+    BenchmarkConfig,
+    CohortConfig,
+    DemoConfig,
+    EvaluateConfig,
+    IngestConfig,
+    IngestDataConfig,
+    PredictConfig,
+    ResourcesConfig,
+    TrainRunConfig,
+)
+from distseg.errors import ConfigError, FinishedWithFailures
+
+if TYPE_CHECKING:
+    from distseg.data.cohort import ScanRecord
+    from distseg.training.loop import TrainResult
+    from distseg.work.executor import Executor
+    from distseg.work.ingest import IngestReport
+    from distseg.work.predict import PredictReport
+
+Launcher = Literal["ray", "local"]
+Config = TypeVar("Config")
+
+
+def ingest(
+    *,
+    source: str | os.PathLike[str],
+    cohort: str | os.PathLike[str],
+    spacing_mm: Sequence[float] | None = None,
+    split: Sequence[float] | None = None,
+    launcher: Launcher | None = None,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> IngestReport:
+    """Read `source` (nnU-Net raw or a folder of NIfTI) into the cohort store `cohort`; scans already there stay.
+
+    `spacing_mm` in Z, Y, X resamples; None keeps native spacing. `split` are the shares of train, val and test where
+    the source names none. Raises FinishedWithFailures with the scans that could not be read; the rest is in.
+    """
+    data = IngestDataConfig(spacing_mm=_list(spacing_mm), split=_list(split))
+    return ingest_from_config(_config(IngestConfig, locals(), data=data))
+
+
+def ingest_from_config(config: IngestConfig) -> IngestReport:
+    from distseg.work.ingest import ingest_cohort
+
+    config = _absolute(config, "source", "cohort")
+    with _executor(config.launcher, config.resources) as executor:
+        report = ingest_cohort(
+            source=config.source,
+            cohort=config.cohort,
+            spacing_mm=config.data.spacing_mm,
+            split=config.data.split,
+            executor=executor,
+            progress=config.logging.progress,
+        )
+    if report.failed:
+        done = f"{report.cohort}: {report.added} scans added, {report.skipped} already there"
+        raise FinishedWithFailures(done, report.failed)
+    return report
+
+
+def cohort(
+    *,
+    cohort: str | os.PathLike[str],
+    action: Literal["list", "remove", "repair"] | None = None,
+    scan: str | None = None,
+) -> list[ScanRecord]:
+    """List the scans of a cohort; `action="remove"` takes `scan` out first, "repair" rebuilds the index from the store."""
+    return cohort_from_config(_config(CohortConfig, locals()))
+
+
+def cohort_from_config(config: CohortConfig) -> list[ScanRecord]:
+    from distseg.data.cohort import Cohort, remove_scan, repair_index
+
+    config = _absolute(config, "cohort")
+    if config.action == "remove":
+        if config.scan is None:
+            raise ConfigError("key not given", where="scan", fix="name the scan to remove: scan=ID")
+        remove_scan(config.cohort, config.scan)
+    elif config.action == "repair":
+        repair_index(config.cohort)
+    return list(Cohort.open(config.cohort).records)
+
+
+def train(
+    *,
+    cohort: str | os.PathLike[str],
+    run: str | os.PathLike[str],
+    method: str | None = None,
+    preset: str | None = None,
+    matching: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Train one run, or resume it where it stands.
+
+    `overrides` are dotted keys of TrainRunConfig: {"train.steps": 600, "launcher": "local", "data.labeled_scans": 4}.
+    Without `preset` it is `full` if resources.gpus_per_worker > 0, else `small`.
+    """
+    from distseg.config.compose import train_config
+
+    # Paths skip the merge: it would read "${" in them as an interpolation.
+    given = dict(overrides or {})
+    init_from, pseudo_labels = given.pop("train.init_from", None), given.pop("data.pseudo_labels", None)
+    choice = {"method": method} if method is not None else {}
+    config = train_config(cohort="", run="", preset=preset, matching=matching, overrides=given, **choice)
+    config.cohort, config.run = os.fspath(cohort), os.fspath(run)
+    config.train.init_from = None if init_from is None else os.fspath(init_from)
+    config.data.pseudo_labels = None if pseudo_labels is None else os.fspath(pseudo_labels)
+    return train_from_config(config)
+
+
+def train_from_config(config: TrainRunConfig) -> TrainResult:
+    config = _absolute(config, "cohort", "run")
+    config.train = _absolute(config.train, "init_from")
+    config.data = _absolute(config.data, "pseudo_labels")
+    if config.launcher == "local":
+        from distseg.training.loop import train_local
+
+        return train_local(config)
+    from distseg.distributed.train import train_on_ray
+
+    return train_on_ray(config)
+
+
+def evaluate(
+    *,
+    run: str | os.PathLike[str],
+    cohort: str | os.PathLike[str],
+    split: str | None = None,
+    name: str | None = None,
+    network: Literal["student", "teacher"] | None = None,
+    overlap: float | None = None,
+    launcher: Launcher | None = None,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Measure a run on a split, in each scan's native grid; returns what RUN/evaluation/NAME/metrics.json holds."""
+    return evaluate_from_config(_config(EvaluateConfig, locals()))
+
+
+def evaluate_from_config(config: EvaluateConfig) -> dict[str, Any]:
+    from distseg.work.evaluate import evaluate_run
+
+    config = _absolute(config, "run", "cohort")
+    with _executor(config.launcher, config.resources) as executor:
+        return evaluate_run(
+            run=config.run,
+            cohort=config.cohort,
+            split=config.split,
+            name=config.name or config.split,
+            network=config.network,
+            overlap=config.overlap,
+            executor=executor,
+            progress=config.logging.progress,
+        )
+
+
+def predict(
+    *,
+    run: str | os.PathLike[str],
+    input: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    network: Literal["student", "teacher"] | None = None,
+    overlap: float | None = None,
+    launcher: Launcher | None = None,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> PredictReport:
+    """Segment one file or a folder of files; each mask lies in its input's own grid.
+
+    Raises FinishedWithFailures with the files that could not be segmented; the other masks are written.
+    """
+    return predict_from_config(_config(PredictConfig, locals()))
+
+
+def predict_from_config(config: PredictConfig) -> PredictReport:
+    from distseg.work.predict import predict_files
+
+    config = _absolute(config, "run", "input", "output")
+    with _executor(config.launcher, config.resources) as executor:
+        report = predict_files(
+            run=config.run,
+            input=config.input,
+            output=config.output,
+            network=config.network,
+            overlap=config.overlap,
+            executor=executor,
+            progress=config.logging.progress,
+        )
+    if report.failed:
+        raise FinishedWithFailures(f"{config.output}: {len(report.written)} masks written", report.failed)
+    return report
+
+
+def demo(
+    *,
+    run: str | os.PathLike[str] | None = None,
+    scans: int | None = None,
+    labelled: int | None = None,
+    warmup_steps: int | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    launcher: Launcher | None = None,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The main job on synthetic hips, end to end; returns each method's metrics. Resumes when called again."""
+    return demo_from_config(_config(DemoConfig, locals()))
+
+
+def demo_from_config(config: DemoConfig) -> dict[str, dict[str, Any]]:
+    from distseg.work.demo import run_demo
+
+    config = _absolute(config, "run")
+    return run_demo(config, ingest=ingest_from_config, train=train_from_config, evaluate=evaluate_from_config)
+
+
+def benchmark(
+    *,
+    cohort: str | os.PathLike[str],
+    run: str | os.PathLike[str],
+    suite: str | None = None,
+    side_by_side: int | None = None,
+    launcher: Launcher | None = None,
+    progress: bool | None = None,
+) -> Any:
+    """Run a suite of methods x label counts x seeds on a cohort; tables and a figure in `run`."""
+    return benchmark_from_config(_config(BenchmarkConfig, locals()))
+
+
+def benchmark_from_config(config: BenchmarkConfig) -> Any:
+    from distseg.work.benchmark import run_benchmark
+
+    return run_benchmark(_absolute(config, "cohort", "run"))
+
+
+def _config(kind: type[Config], arguments: Mapping[str, Any], **sections: Any) -> Config:
+    """The verb's config of a function's arguments; None leaves the schema's default. Rules are checked on building."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # a dataclass by contract
+    given = {name: value for name, value in arguments.items() if value is not None and name in names}
+    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+    config = kind(**{**plain, **sections})
+    settings: Any = config
+    if arguments.get("workers") is not None:
+        settings.resources = dataclasses.replace(settings.resources, workers=arguments["workers"])
+    if arguments.get("progress") is not None:
+        settings.logging = dataclasses.replace(settings.logging, progress=arguments["progress"])
+    return config
+
+
+def _list(values: Sequence[float] | None) -> list[float] | None:
+    return None if values is None else [float(value) for value in values]
+
+
+def _absolute(config: Config, *names: str) -> Config:
+    """A copy of `config` whose paths `names` are absolute; None stays None."""
+    paths: dict[str, str] = {}
+    for name in names:
+        path = getattr(config, name)
+        if path is None or "://" in path:
+            continue
+        if not path.strip():
+            raise ConfigError("empty path", where=name, fix=f"set {name}=PATH")
+        if "\0" in path:
+            raise ConfigError("a path cannot hold a null character", where=name)
+        paths[name] = os.path.abspath(path)
+    return dataclasses.replace(config, **paths)  # type: ignore[type-var]  # a dataclass by contract
+
+
+@contextmanager
+def _executor(launcher: str, resources: ResourcesConfig) -> Iterator[Executor]:
+    """This machine's processes, or Ray tasks on the cluster at hand (started here if there is none)."""
+    executor: Executor
+    if launcher == "local":
+        from distseg.work.executor import LocalExecutor
+
+        executor = LocalExecutor(resources.workers)
+    else:
+        from distseg.distributed.cluster import connect
+        from distseg.distributed.executor import RayExecutor
+
+        connect(workers=resources.workers, gpus=resources.gpus_per_worker)
+        executor = RayExecutor(resources.workers)
+    try:
+        yield executor
+    finally:
+        executor.close()

@@ -1,0 +1,233 @@
+"""The verbs of the command line as data: summary, schema, what to call, what to print; and checks of `key=value` words.
+
+Knows neither Hydra nor OmegaConf: `cli` hands it parsed overrides. Path values are taken verbatim, whatever they hold.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distseg.errors import ConfigError
+
+# Values that are paths or ids: taken as typed, never parsed as numbers, lists, sweeps or interpolations.
+VERBATIM_KEYS = frozenset(
+    ("cohort", "run", "source", "input", "output", "train.init_from", "data.pseudo_labels", "scan", "name")
+)
+
+
+@dataclass(frozen=True)
+class Override:
+    """One parsed `key=value`; `values` has one entry, several in a sweep, None for a sweep that is no choice."""
+
+    key: str
+    values: Sequence[Any] | None
+    package: str | None = None
+    is_delete: bool = False
+
+
+@dataclass(frozen=True)
+class Verb:
+    name: str
+    summary: str
+    schema_name: str
+    show: Callable[[Any, Any], None]
+
+    def schema(self) -> type[Any]:
+        from distseg.config import schema
+
+        kind: type[Any] = getattr(schema, self.schema_name)
+        return kind
+
+    def call(self, config: Any) -> None:
+        from distseg import api
+
+        self.show(config, getattr(api, f"{self.name}_from_config")(config))
+
+    def keys(self) -> list[str]:
+        """Dotted keys of the schema, and the names of their sections."""
+        from distseg.config.compose import flatten, to_plain
+
+        leaves = [key for key, _ in flatten(to_plain(self.schema()()))]
+        sections = {key[:end] for key in leaves for end in range(len(key)) if key[end] == "."}
+        return [*leaves, *sorted(sections)]
+
+    @staticmethod
+    def named(name: str) -> Verb:
+        if name in VERBS:
+            return VERBS[name]
+        near = difflib.get_close_matches(name, VERBS, n=1)
+        fix = f"did you mean distseg {near[0]}?" if near else "distseg --help describes them"
+        raise ConfigError("unknown verb", where=name, rule=f"one of {', '.join(VERBS)}", fix=fix)
+
+
+def usage() -> str:
+    lines = ["distseg VERB [key=value ...]", ""]
+    lines += [f"  {verb.name:<10} {verb.summary}" for verb in VERBS.values()]
+    lines += [
+        "",
+        "distseg VERB --help lists a verb's keys, --cfg job the composed configuration, --multirun sweeps key=a,b.",
+        'Completion: eval "$(distseg -sc install=bash)". Full tracebacks: DISTSEG_TRACEBACK=1.',
+    ]
+    return "\n".join(lines)
+
+
+def help_template(verb: Verb) -> str:
+    """What `distseg VERB --help` prints; Hydra fills in $CONFIG."""
+    groups = _choices() if verb.name == "train" else {}
+    chooses = [f"  {group}={'|'.join(names)}" for group, names in groups.items()]
+    lines = [f"distseg {verb.name} [key=value ...]: {verb.summary}", ""]
+    lines += ["Groups, each a set of values for the keys below", *chooses, ""] if chooses else []
+    lines += [
+        "Keys and their defaults (??? must be given)",
+        "",
+        "$CONFIG",
+        "Set any of them with key=value, lists as key=[3,4,4]. Paths are taken as they are.",
+        "--cfg job shows the composed configuration, --multirun sweeps key=a,b, --hydra-help explains Hydra's switches.",
+    ]
+    return "\n".join(lines)
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+# --- what was typed ------------------------------------------------------------------------------------------------
+
+
+def literal_override(argument: str) -> str:
+    """Quote the value of a verbatim key, so that Hydra's grammar and OmegaConf's interpolation leave it alone."""
+    key, equals, value = argument.partition("=")
+    if not equals or key.lstrip("+") not in VERBATIM_KEYS:
+        return argument
+    return f"{key}='{_hydra_quoted(_omegaconf_escaped(value))}'"
+
+
+def _omegaconf_escaped(value: str) -> str:
+    """`${` as text: a backslash before it, and those already there doubled. Without `${` backslashes are plain."""
+    if "${" not in value:
+        return value
+    escaped = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    return re.sub(r"(\\+)$", lambda match: match[1] * 2, escaped)
+
+
+def _hydra_quoted(value: str) -> str:
+    """Backslashes count only before a quote, the closing one included: doubled there, the quote escaped."""
+    escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", value)
+    return re.sub(r"(\\+)$", lambda match: match[1] * 2, escaped)
+
+
+def check_overrides(verb: Verb, overrides: Sequence[Override]) -> Sequence[Override]:
+    """Raise ConfigError for a key the verb does not have, or a group's choice that does not exist."""
+    keys = verb.keys()
+    choices = _choices() if verb.name == "train" else {}
+    for override in overrides:
+        if re.match(r"hydra[./]|hydra$", override.key):
+            continue
+        if override.key in choices and override.values is not None and not override.is_delete:
+            _check_choices(override.key, override.values, choices[override.key])
+        elif override.key not in keys:
+            near = nearest_key(override.key, keys)
+            fix = f"did you mean {near}=...?" if near else f"distseg {verb.name} --help lists the keys"
+            raise ConfigError(f"distseg {verb.name} has no such key", where=override.key, fix=fix)
+    return overrides
+
+
+def _choices() -> dict[str, list[str]]:
+    from distseg.config.presets import MATCHINGS, METHODS, PRESETS
+
+    return {"method": list(METHODS), "preset": list(PRESETS), "matching": list(MATCHINGS)}
+
+
+def _check_choices(group: str, values: Iterable[Any], choices: list[str]) -> None:
+    from distseg.config.checks import one_of
+
+    for value in values:
+        if value is None and group == "matching" or isinstance(value, dict):
+            continue  # matching=null leaves it to the method; a mapping sets keys of the section
+        one_of(group, str(value), choices)
+
+
+def nearest_key(key: str, keys: Sequence[str]) -> str | None:
+    """The key meant: one that ends the same (`steps` for `train.steps`), else the most alike."""
+    last = key.rsplit(".", 1)[-1]
+    same = [candidate for candidate in keys if candidate.rsplit(".", 1)[-1] == last]
+    if same:
+        return same[0]
+    close = difflib.get_close_matches(key, keys, n=1)
+    if close:
+        return close[0]
+    by_last = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(keys)}
+    close = difflib.get_close_matches(last, by_last, n=1)
+    return by_last[close[0]] if close else None
+
+
+def complete_verb(line: str) -> list[str] | None:
+    """The verbs that continue the command line, or None once the verb is complete."""
+    words = line.split(" ")
+    if len(words) > 2:
+        return None
+    begun = words[1] if len(words) == 2 else ""
+    return [name for name in VERBS if name.startswith(begun)]
+
+
+# --- what is printed -----------------------------------------------------------------------------------------------
+
+
+def _show_nothing(config: Any, result: Any) -> None:
+    """The verb prints its own results as they come."""
+
+
+def _show_ingest(config: Any, report: Any) -> None:
+    print(f"{report.cohort}: {report.added} scans added, {report.skipped} already there")
+
+
+def _show_cohort(config: Any, records: Any) -> None:
+    if config.action == "remove":
+        print(f"{config.cohort}: {config.scan} removed")
+        return
+    print(f"{'scan':<24} {'split':<6} {'labelled':<8} {'shape z y x':<16} spacing_mm z y x")
+    for record in records:
+        shape = "x".join(str(size) for size in record.shape)
+        spacing = " ".join(f"{step:.3g}" for step in record.spacing_mm)
+        labelled = "yes" if record.labelled else "no"
+        print(f"{record.scan_id:<24} {record.split or '-':<6} {labelled:<8} {shape:<16} {spacing}")
+    print(f"{len(records)} scans, {sum(record.labelled for record in records)} labelled")
+
+
+def _show_train(config: Any, result: Any) -> None:
+    print(f"{result.run}: trained to step {result.steps}")
+
+
+def _show_evaluate(config: Any, metrics: Any) -> None:
+    print(f"{config.run}: {metrics['split']}, {metrics['scans']} scans")
+    for name, values in metrics["classes"].items():
+        means = "  ".join(
+            f"{label} {values[key]['mean']:.3f}"
+            for key, label in (("iou", "IoU"), ("dice", "Dice"), ("hd95_mm", "HD95 mm"), ("asd_mm", "ASD mm"))
+        )
+        print(f"{name}: {means}  missed {values['missed']}")
+    print(f"report: {config.run}/evaluation/{config.name or config.split}/report.html")
+
+
+def _show_predict(config: Any, report: Any) -> None:
+    print(f"{config.output}: {len(report.written)} masks written")
+
+
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb("demo", "the main job on synthetic hips: ingest, train on 2 Ray workers, evaluate, report", "DemoConfig",
+             _show_nothing),
+        Verb("ingest", "images (+ labels) -> cohort store, in parallel", "IngestConfig", _show_ingest),
+        Verb("cohort", "list, remove, repair", "CohortConfig", _show_cohort),
+        Verb("train", "one run; the same command again resumes", "TrainRunConfig", _show_train),
+        Verb("evaluate", "IoU, Dice, HD95 and ASD on a split, and a report", "EvaluateConfig", _show_evaluate),
+        Verb("predict", "one file or folder -> masks in the input's own grid", "PredictConfig", _show_predict),
+        Verb("benchmark", "a suite of methods x label counts x seeds -> tables and figure", "BenchmarkConfig",
+             _show_nothing),
+    )
+}  # fmt: skip
