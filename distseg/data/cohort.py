@@ -1,0 +1,290 @@
+"""The cohort store as it is read: an index that opens at once, scans that open when asked.
+
+/x/cohort.zarr/             Zarr v3; attrs: format_version, classes, channel_names, spacing_mm
+    SCAN_ID/                OME-Zarr 0.5 image; attrs: see `distseg.data.convert`
+        0                   [Z, Y, X] image
+        labels/annotation/0            uint8 [Z, Y, X]; absent: unlabelled
+        labels/annotation_native/0     the label at native spacing; only where ingest resampled
+        samples/voxels      int32 [n, 4] (region, z, y, x); region 0 is the body, region v the class of value v
+        samples/intensities float32 [n]
+/x/cohort.index.jsonl       a line a scan; of two lines for one scan the later counts; a cache that repair rebuilds
+/x/cohort.sources.jsonl     where each scan came from; never in the store
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from distseg.data.nifti import write_nifti
+from distseg.data.volume import Geometry, NativeGrid, Shape, Spacing, shape3, spacing3
+from distseg.errors import DataError, InputError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ScanRecord:
+    """One line of the index. `shape` and `spacing_mm` are the stored grid's; `sha256` is of the image file;
+    `voxels` counts the label's foreground voxels per class on the stored grid, {} where unlabelled."""
+
+    scan_id: str
+    shape: Shape
+    spacing_mm: Spacing
+    labelled: bool
+    split: str | None
+    sha256: str
+    label_sha256: str | None
+    modality: str
+    voxels: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        return {"id": data.pop("scan_id"), **data}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ScanRecord:
+        return cls(
+            scan_id=str(data["id"]),
+            shape=shape3(data["shape"]),
+            spacing_mm=spacing3(data["spacing_mm"]),
+            labelled=bool(data["labelled"]),
+            split=data["split"],
+            sha256=str(data["sha256"]),
+            label_sha256=data["label_sha256"],
+            modality=str(data["modality"]),
+            voxels={str(name): int(count) for name, count in data["voxels"].items()},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Foreground:
+    """One class of one scan: `count` voxels inside `box` (start, stop), up to 2000 of them drawn as `samples` int32
+    [n, 3] z, y, x on the stored grid, with the image's intensities there as `values` float32 [n]."""
+
+    box: tuple[Shape, Shape]
+    samples: npt.NDArray[np.int32]
+    values: npt.NDArray[np.float32]
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """One scan of the store. Opens lazily: making the object reads nothing."""
+
+    path: str
+    scan_id: str
+
+    @cached_property
+    def _group(self) -> zarr.Group:
+        return zarr.open_group(self.path, mode="r", zarr_format=3)
+
+    @cached_property
+    def attrs(self) -> dict[str, Any]:
+        attrs = read_attrs(Path(self.path))
+        if attrs is None or attrs.get("complete") is not True:
+            fix = "run distseg cohort action=repair, then ingest again"
+            raise DataError("scan is not complete in the store", where=self.scan_id, fix=fix)
+        return attrs
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """The stored grid."""
+        return Geometry.from_json(self.attrs["stored"])
+
+    @cached_property
+    def native(self) -> NativeGrid:
+        return NativeGrid.from_json(self.attrs["native"])
+
+    @cached_property
+    def image(self) -> zarr.Array[Any]:
+        return self._array("0")
+
+    @cached_property
+    def annotation(self) -> zarr.Array[Any] | None:
+        """The label on the stored grid, uint8; None where unlabelled."""
+        return self._array("labels/annotation/0") if self.attrs["labelled"] else None
+
+    def native_annotation(self) -> npt.NDArray[np.uint8] | None:
+        """The label [Z, Y, X] at native spacing, voxel for voxel the source's; None where unlabelled."""
+        if not self.attrs["labelled"]:
+            return None
+        name = "annotation_native" if self.attrs["resampled"] else "annotation"
+        return np.asarray(self._array(f"labels/{name}/0")[...], np.uint8)
+
+    @cached_property
+    def body_box(self) -> tuple[Shape, Shape]:
+        """(start, stop) of the body on the stored grid; the whole volume where no body was found."""
+        start, stop = self.attrs["body_box"]
+        return shape3(start), shape3(stop)
+
+    @cached_property
+    def body_samples(self) -> npt.NDArray[np.int32]:
+        """At least 2000 voxels [n, 3] z, y, x drawn uniformly, with replacement, inside the body."""
+        voxels, _ = self._samples
+        return voxels[voxels[:, 0] == 0, 1:]
+
+    @cached_property
+    def foreground(self) -> dict[str, Foreground]:
+        """Per class that occurs; {} where unlabelled."""
+        voxels, intensities = self._samples
+        found = {}
+        for name, entry in self.attrs["foreground"].items():
+            of_class = voxels[:, 0] == int(entry["value"])
+            box = (shape3(entry["box"][0]), shape3(entry["box"][1]))
+            found[name] = Foreground(box, voxels[of_class, 1:], intensities[of_class], int(entry["count"]))
+        return found
+
+    @property
+    def minimum(self) -> float:
+        return float(self.attrs["intensity"]["minimum"])
+
+    @property
+    def nonzero_mean(self) -> float:
+        return float(self.attrs["intensity"]["nonzero_mean"])
+
+    @property
+    def nonzero_sd(self) -> float:
+        return float(self.attrs["intensity"]["nonzero_sd"])
+
+    @property
+    def modality(self) -> str:
+        return str(self.attrs["modality"])
+
+    def write_mask(self, path: str | Path, mask: npt.NDArray[Any]) -> None:
+        """`mask` [Z, Y, X] at native spacing -> a NIfTI of uint8 in the grid of the source file."""
+        write_nifti(path, self.native.from_canonical(np.asarray(mask, np.uint8)), self.native)
+
+    @cached_property
+    def _samples(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        voxels = np.asarray(self._array("samples/voxels")[...], np.int32)
+        return voxels, np.asarray(self._array("samples/intensities")[...], np.float32)
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        # Opened by path: asking the group for a nested array reads every zarr.json on the way.
+        return zarr.open_array(f"{self.path}/{name}", mode="r", zarr_format=3)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A cohort opened for reading: attributes and index only. Picklable; records are in the order of their ids."""
+
+    path: str
+    classes: dict[str, int]
+    channel_names: dict[str, str]
+    spacing_mm: Spacing | None
+    records: list[ScanRecord] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Cohort:
+        """Raises InputError where there is no cohort, DataError where its index is missing or of another version."""
+        root = local_path(path)
+        attrs = read_attrs(root)
+        if attrs is None:
+            raise InputError("no cohort there", where=root, fix="make one with distseg ingest source=... cohort=...")
+        check_version(attrs, root)
+        if not index_path(root).is_file():
+            fix = f"run distseg cohort cohort={root} action=repair"
+            raise DataError("the cohort's index is missing", where=index_path(root), fix=fix)
+        records = sorted(read_index(root).values(), key=lambda record: record.scan_id)
+        spacing = attrs.get("spacing_mm")
+        return cls(
+            path=str(root),
+            classes={str(name): int(value) for name, value in attrs["classes"].items()},
+            channel_names={str(key): str(name) for key, name in attrs["channel_names"].items()},
+            spacing_mm=None if spacing is None else spacing3(spacing),
+            records=records,
+        )
+
+    @property
+    def class_names(self) -> list[str]:
+        """Index = label value; the background is first."""
+        return sorted(self.classes, key=lambda name: self.classes[name])
+
+    @property
+    def modality(self) -> str:
+        """What all scans are; "mixed" where they differ, "unknown" for an empty cohort."""
+        found = {record.modality for record in self.records}
+        if len(found) > 1:
+            return "mixed"
+        return found.pop() if found else "unknown"
+
+    def select(self, split: str | None = None, labelled: bool | None = None) -> list[ScanRecord]:
+        """Records of a split (None: all) that have a label or not (None: both)."""
+        return [
+            record
+            for record in self.records
+            if (split is None or record.split == split) and (labelled is None or record.labelled == labelled)
+        ]
+
+    def scan(self, scan_id: str) -> Scan:
+        if all(record.scan_id != scan_id for record in self.records):
+            raise InputError("no such scan", where=self.path, value=scan_id, fix="see distseg cohort action=list")
+        return Scan(str(Path(self.path) / scan_id), scan_id)
+
+
+def local_path(path: str | Path) -> Path:
+    """The cohort's folder, absolute. Raises InputError for a URL, which this version cannot store to."""
+    if "://" in str(path):
+        raise InputError("not a local path", where="cohort", value=path, rule="a folder of this file system")
+    return Path(path).expanduser().absolute()
+
+
+def beside(cohort: Path, ending: str) -> Path:
+    """/x/foo.zarr, "index.jsonl" -> /x/foo.index.jsonl."""
+    stem = cohort.name.removesuffix(".zarr")
+    return cohort.with_name(f"{stem}.{ending}")
+
+
+def index_path(cohort: Path) -> Path:
+    return beside(cohort, "index.jsonl")
+
+
+def sources_path(cohort: Path) -> Path:
+    return beside(cohort, "sources.jsonl")
+
+
+def read_attrs(group: Path) -> dict[str, Any] | None:
+    """The attributes of a Zarr v3 group, None where there is none that can be read."""
+    try:
+        node = json.loads((group / "zarr.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    attrs = node.get("attributes") if isinstance(node, dict) and node.get("node_type") == "group" else None
+    return attrs if isinstance(attrs, dict) else None
+
+
+def check_version(attrs: Mapping[str, Any], where: Path) -> None:
+    if attrs.get("format_version") != FORMAT_VERSION:
+        got, rule = attrs.get("format_version"), f"format_version {FORMAT_VERSION}"
+        raise DataError("not a cohort of this version", where=where, value=got, rule=rule, fix="ingest it again")
+
+
+def read_index(cohort: Path) -> dict[str, ScanRecord]:
+    """Scan id -> its last line; {} without an index."""
+    return {line["id"]: ScanRecord.from_json(line) for line in read_lines(index_path(cohort))}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file. A last line without its newline was cut off while being written: left out."""
+    if not path.is_file():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    lines = []
+    for number, text in enumerate(whole.splitlines(), start=1):
+        if not text.strip():
+            continue
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            fix = "run distseg cohort action=repair"
+            raise DataError("line is not JSON", where=f"{path}:{number}", value=error, fix=fix) from error
+    return lines

@@ -1,0 +1,259 @@
+"""One scan into the store: read, check, resample where asked, write whole shards, and only then let it be seen.
+
+The scan is written into a staging folder beside the store and renamed into place, its attribute `complete` last; so a
+process killed at any point leaves either the whole scan or none. One process writes one scan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import BloscCodec, BloscShuffle
+
+from distseg.data.body import find_body
+from distseg.data.cohort import ScanRecord
+from distseg.data.formats import Case
+from distseg.data.nifti import file_sha256, read_label, read_nifti
+from distseg.data.volume import Geometry, Spacing, Volume, resample_box, shape3, target_geometry
+from distseg.errors import DataError
+
+CHUNK = 64
+CHUNKS_PER_SHARD = 4
+BODY_SAMPLES = 4000
+CLASS_SAMPLES = 2000
+AXES = ("z", "y", "x")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the store already holds under a case's id; `image` is the path it came from, None if not on record."""
+
+    record: ScanRecord
+    image: str | None
+
+
+@dataclass(frozen=True)
+class ScanTask:
+    """All that one worker needs for one scan. `staging` is on the store's file system; picklable."""
+
+    case: Case
+    cohort: str
+    staging: str
+    classes: dict[str, int]
+    modality: str | None
+    spacing_mm: Spacing | None
+    known: Known | None = None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """`record` is what the index should say; `written` False: the store had this very scan already."""
+
+    record: ScanRecord
+    written: bool
+
+
+def convert_scan(task: ScanTask) -> Converted:
+    """Bring one case into the store. Raises DataError, in one line, for a file that cannot be used."""
+    case = task.case
+    image_sha256 = file_sha256(case.image)
+    label_sha256 = None if case.label is None else file_sha256(case.label)
+    if task.known is not None:
+        kept = _already_there(task.known, case=case, image_sha256=image_sha256, label_sha256=label_sha256)
+        if kept is not None:
+            return Converted(kept, written=False)
+    volume = read_nifti(case.image, modality=task.modality)
+    label = None if case.label is None else read_label(case.label, image=volume, classes=task.classes)
+    image, annotation, stored = _on_stored_grid(volume, label, task.spacing_mm)
+    resampled = stored is not volume.geometry
+    attrs, voxels, intensities = _describe(image, annotation, case.scan_id, volume.modality, task.classes)
+    attrs |= {
+        "split": case.split,
+        "sha256": image_sha256,
+        "label_sha256": label_sha256,
+        "labelled": label is not None,
+        "modality": volume.modality,
+        "resampled": resampled,
+        "native": volume.native.to_json(),
+        "stored": stored.to_json(),
+    }
+    staged = Path(task.staging) / f"{case.scan_id}-{uuid.uuid4().hex[:8]}"
+    try:
+        group = zarr.create_group(staged, zarr_format=3, attributes=_image_attrs(stored))
+        _write_array(group, "0", image)
+        if annotation is not None:
+            native = (label, volume.geometry) if resampled else None
+            _write_labels(group, annotation=annotation, stored=stored, native=native, classes=task.classes)
+        _write_samples(group, voxels, intensities)
+        group.update_attributes(attrs)
+        group.update_attributes({"complete": True})
+        _put_in_place(staged, Path(task.cohort) / case.scan_id, Path(task.staging))
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return Converted(record_of(case.scan_id, attrs), written=True)
+
+
+def record_of(scan_id: str, attrs: dict[str, Any]) -> ScanRecord:
+    """The index line that a stored scan's attributes say."""
+    return ScanRecord.from_json(
+        {
+            **{name: attrs[name] for name in ("split", "sha256", "label_sha256", "labelled", "modality")},
+            "id": scan_id,
+            "shape": attrs["stored"]["shape"],
+            "spacing_mm": attrs["stored"]["spacing_mm"],
+            "voxels": {name: entry["count"] for name, entry in attrs["foreground"].items()},
+        }
+    )
+
+
+def _already_there(known: Known, *, case: Case, image_sha256: str, label_sha256: str | None) -> ScanRecord | None:
+    """The stored record if nothing is to be done. The same image without its label, from another folder, is no reason
+    to drop the label; another image under the same id, from another folder, is another patient."""
+    elsewhere = known.image is not None and known.image != str(case.image.absolute())
+    if image_sha256 == known.record.sha256:
+        same = label_sha256 == known.record.label_sha256
+        return known.record if same or (label_sha256 is None and elsewhere) else None
+    if elsewhere:
+        rule = "the cohort holds another image under this id, from another folder"
+        fix = "rename the file, or take the old scan out with distseg cohort action=remove"
+        raise DataError("scan id is taken", where=case.image.name, value=case.scan_id, rule=rule, fix=fix)
+    return None
+
+
+def _on_stored_grid(
+    volume: Volume, label: npt.NDArray[np.uint8] | None, spacing_mm: Spacing | None
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8] | None, Geometry]:
+    """Image and label on the grid to store. The image becomes int16 where its values are whole and fit, else float32;
+    a resampled CT of whole numbers is rounded back to them (0.5 HU is far below its noise, float32 twice the bytes)."""
+    whole = _is_int16(volume.array)
+    if spacing_mm is None:
+        image = volume.array.astype(np.int16 if whole else np.float32, copy=False)
+        return image, label, volume.geometry
+    stored = target_geometry(volume.geometry, spacing_mm)
+    box: dict[str, Any] = {
+        "source_spacing_mm": volume.geometry.spacing_mm,
+        "target_spacing_mm": spacing_mm,
+        "start_zyx": (0, 0, 0),
+        "size_zyx": stored.shape,
+        "fill": 0,
+    }
+    image = resample_box(volume.array, order=1, **box)
+    if whole and (volume.modality == "CT" or _is_int16(image)):
+        image = np.rint(image).astype(np.int16)
+    return image, None if label is None else resample_box(label, order=0, **box), stored
+
+
+def _is_int16(array: npt.NDArray[Any]) -> bool:
+    low, high = float(array.min()), float(array.max())
+    limits = np.iinfo(np.int16)
+    in_range = low >= limits.min and high <= limits.max
+    return in_range and (array.dtype.kind in "iub" or bool(np.array_equal(array, np.rint(array))))
+
+
+def _describe(
+    image: npt.NDArray[Any],
+    annotation: npt.NDArray[np.uint8] | None,
+    scan_id: str,
+    modality: str,
+    classes: dict[str, int],
+) -> tuple[dict[str, Any], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Attributes, sampled voxels int32 [n, 4] (region, z, y, x), their intensities float32 [n]. What is drawn depends
+    on the scan's id and content alone."""
+    seed = int.from_bytes(hashlib.sha256(scan_id.encode()).digest()[:8], "little")
+    random = np.random.Generator(np.random.Philox(seed))
+    body = find_body(image, modality=modality)
+    regions = [(0, body.draw(BODY_SAMPLES, random))]
+    foreground: dict[str, Any] = {}
+    for name, value in classes.items():
+        where = np.argwhere(annotation == value) if annotation is not None and value > 0 else np.empty((0, 3))
+        if len(where) == 0:
+            continue
+        box = [where.min(axis=0).tolist(), (where.max(axis=0) + 1).tolist()]
+        foreground[name] = {"value": value, "count": len(where), "box": box}
+        chosen = where[np.sort(random.permutation(len(where))[:CLASS_SAMPLES])]
+        regions.append((value, chosen.astype(np.int32)))
+    voxels = np.concatenate([np.insert(points, 0, value, axis=1) for value, points in regions]).astype(np.int32)
+    intensities = image[voxels[:, 1], voxels[:, 2], voxels[:, 3]].astype(np.float32)
+    nonzero = image[image != 0]
+    attrs = {
+        "body_box": [list(corner) for corner in body.box],
+        "foreground": foreground,
+        "intensity": {
+            "minimum": float(image.min()),
+            "nonzero_mean": float(nonzero.mean(dtype=np.float64)) if nonzero.size else 0.0,
+            "nonzero_sd": float(nonzero.std(dtype=np.float64)) if nonzero.size else 0.0,
+        },
+    }
+    return attrs, voxels, intensities
+
+
+def _write_array(group: zarr.Group, name: str, data: npt.NDArray[Any]) -> None:
+    chunks = shape3(min(CHUNK, n) for n in data.shape)
+    shards = shape3(chunk * min(CHUNKS_PER_SHARD, -(-n // chunk)) for n, chunk in zip(data.shape, chunks, strict=True))
+    array = group.create_array(
+        name,
+        shape=data.shape,
+        dtype=data.dtype,
+        chunks=chunks,
+        shards=shards,
+        compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle, typesize=data.dtype.itemsize),
+        dimension_names=AXES,
+        fill_value=0,
+    )
+    array[...] = data
+
+
+def _write_labels(
+    group: zarr.Group,
+    *,
+    annotation: npt.NDArray[np.uint8],
+    stored: Geometry,
+    native: tuple[Any, Geometry] | None,
+    classes: dict[str, int],
+) -> None:
+    images: dict[str, tuple[Any, Geometry]] = {"annotation": (annotation, stored)}
+    if native is not None:
+        images["annotation_native"] = native
+    labels = group.create_group("labels", attributes={"ome": {"version": "0.5", "labels": list(images)}})
+    for name, (array, geometry) in images.items():
+        attrs = _image_attrs(geometry)
+        values = [{"label-value": value, "name": class_name} for class_name, value in classes.items() if value > 0]
+        attrs["ome"]["image-label"] = {"version": "0.5", "properties": values, "source": {"image": "../../"}}
+        _write_array(labels.create_group(name, attributes=attrs), "0", array)
+
+
+def _write_samples(group: zarr.Group, voxels: npt.NDArray[np.int32], intensities: npt.NDArray[np.float32]) -> None:
+    samples = group.create_group("samples")
+    for name, data in (("voxels", voxels), ("intensities", intensities)):
+        array = samples.create_array(name, shape=data.shape, dtype=data.dtype, chunks=data.shape)
+        array[...] = data
+
+
+def _image_attrs(geometry: Geometry) -> dict[str, Any]:
+    """OME-Zarr 0.5. It can say scale and translation only: exact unless the affine is oblique, which our own attributes
+    keep; the translation is the first voxel's LPS+ position, in z, y, x."""
+    transforms = [
+        {"type": "scale", "scale": list(geometry.spacing_mm)},
+        {"type": "translation", "translation": geometry.affine[[2, 1, 0], 3].tolist()},
+    ]
+    axes = [{"name": name, "type": "space", "unit": "millimeter"} for name in AXES]
+    datasets = [{"path": "0", "coordinateTransformations": transforms}]
+    return {"ome": {"version": "0.5", "multiscales": [{"name": "0", "axes": axes, "datasets": datasets}]}}
+
+
+def _put_in_place(staged: Path, final: Path, staging: Path) -> None:
+    """Rename into the store; an older version of the scan goes first and is gone after."""
+    old = staging / f"{final.name}-old-{uuid.uuid4().hex[:8]}"
+    if final.exists():
+        os.rename(final, old)
+    os.rename(staged, final)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,167 @@
+"""One NIfTI file: read with every check a clear line, written atomically in its native grid."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import uuid
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+
+from distseg.data.volume import NativeGrid, Volume, shape3
+from distseg.errors import DataError
+
+MAX_VOXELS = 2**33  # 64 GiB of float64: beyond it a header is damaged, not a scan large
+MAX_GZIP_RATIO = 1100  # deflate cannot do better than 1032 : 1
+CT_MINIMUM_HU = -500.0
+LABEL_GRID_TOLERANCE = 0.1  # share of the smallest voxel size by which a corner of the label's grid may be off
+
+
+def read_nifti(path: str | Path, *, modality: str | None = None) -> Volume:
+    """The image as a Volume. Modality None: "CT" for whole numbers with a minimum of at most -500, else "unknown".
+
+    A 4-D file is taken if its further axes have length 1. Without sform and qform the affine is nibabel's: spacing from
+    the header, x to the Left. Raises DataError for a file that cannot be used, in one line.
+    """
+    native, array = _read(Path(path))
+    if modality is None:
+        whole = np.issubdtype(array.dtype, np.integer) or bool(np.all(array == np.rint(array)))
+        modality = "CT" if whole and float(array.min()) <= CT_MINIMUM_HU else "unknown"
+    return Volume(native.to_canonical(array), native.geometry, native, modality)
+
+
+def read_label(path: str | Path, *, image: Volume, classes: Mapping[str, int]) -> npt.NDArray[np.uint8]:
+    """The label of `image`, uint8 [Z, Y, X] in canonical axes. Raises DataError where it does not belong to the image:
+    another shape, a corner of its grid off by more than 0.1 of the smallest voxel size, values not in `classes`."""
+    path = Path(path)
+    native, array = _read(path)
+    if native.shape != image.native.shape:
+        raise DataError(
+            "label and image differ in shape", where=path.name, value=native.shape, rule=f"image: {image.native.shape}"
+        )
+    off_mm = _largest_corner_distance_mm(native, image.native)
+    tolerance_mm = LABEL_GRID_TOLERANCE * min(image.geometry.spacing_mm)
+    if off_mm > tolerance_mm:
+        raise DataError(
+            "label and image differ in affine",
+            where=path.name,
+            value=f"a corner {off_mm:.3g} mm off",
+            rule=f"at most {tolerance_mm:.3g} mm, {LABEL_GRID_TOLERANCE} of the smallest voxel size",
+            fix="resample the label to the image's grid",
+        )
+    values = np.unique(array)
+    if not np.array_equal(values, np.rint(values)):
+        wrong = values[values != np.rint(values)][0]
+        raise DataError("label values are not whole numbers", where=path.name, value=wrong, rule="one class a voxel")
+    unknown = sorted({int(value) for value in values} - set(classes.values()))
+    if unknown:
+        rule = f"values of the classes {dict(classes)}"
+        raise DataError("label holds unknown classes", where=path.name, value=unknown[:5], rule=rule)
+    return image.native.to_canonical(array.astype(np.uint8))
+
+
+def write_nifti(path: str | Path, array: npt.NDArray[Any], native: NativeGrid) -> None:
+    """Write `array`, in native axis order, into `native`'s grid; the file appears whole or not at all."""
+    path = Path(path)
+    native.expect(array, native.shape, "native")
+    image: Any = nib.Nifti1Image(array, native.affine)  # type: ignore[no-untyped-call]  # nibabel has no hints
+    image.set_sform(native.affine, code=1)
+    columns = native.affine[:3, :3] / np.linalg.norm(native.affine[:3, :3], axis=0)
+    if np.allclose(columns.T @ columns, np.eye(3), atol=1e-4):
+        # ITK prefers the qform where both exist, and a quaternion cannot hold shear: only write one that is exact.
+        image.set_qform(native.affine, code=1)
+    image.header.set_xyzt_units("mm")
+    content = image.to_bytes()
+    if path.name.lower().endswith(".gz"):
+        content = gzip.compress(content, compresslevel=6, mtime=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of the file's bytes. Raises DataError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError("not readable", where=Path(path).name, value=error.strerror) from error
+
+
+def _read(path: Path) -> tuple[NativeGrid, npt.NDArray[Any]]:
+    """Grid and values in native axis order, every value finite."""
+    name = path.name
+    try:
+        if path.stat().st_size == 0:
+            raise DataError("empty file", where=name, value="0 bytes", fix="copy it again")
+        image: Any = nib.load(path)
+        header = image.header
+        full_shape, dtype = tuple(int(n) for n in header.get_data_shape()), header.get_data_dtype()
+    except OSError as error:
+        why = error.strerror or "not a file of that format, or truncated"
+        raise DataError("not readable as NIfTI", where=name, value=why, fix="copy or convert it again") from error
+    except (EOFError, zlib.error, nib.filebasedimages.ImageFileError, ValueError, OverflowError) as error:
+        raise DataError("not readable as NIfTI", where=name, value=error, fix="copy or convert it again") from error
+    shape = _check_header(path, full_shape, np.dtype(dtype))
+    affine = np.asarray(image.affine, np.float64)
+    _check_affine(name, affine)
+    try:
+        array = np.asanyarray(image.dataobj).reshape(shape)
+    except (EOFError, OSError, zlib.error, ValueError) as error:
+        raise DataError("truncated or damaged", where=name, value=error, fix="copy it again") from error
+    if np.issubdtype(array.dtype, np.floating):
+        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+        if bad:
+            fix = "replace them, for example by the scan's minimum"
+            raise DataError("NaN or infinite voxels", where=name, value=bad, rule="every voxel a number", fix=fix)
+    return NativeGrid(shape, affine), array
+
+
+def _check_header(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, int, int]:
+    """The 3-D shape; refuses before anything of the claimed size is read."""
+    name = path.name
+    if len(shape) < 3 or any(n != 1 for n in shape[3:]):
+        raise DataError(f"{len(shape)}-D image", where=name, value=shape, rule="3-D", fix="split or stack it into 3-D")
+    voxels = 1
+    for n in shape:
+        voxels *= n
+    if min(shape) < 1 or voxels > MAX_VOXELS:
+        raise DataError(
+            "damaged header", where=name, value=shape, rule=f"1 to {MAX_VOXELS} voxels", fix="copy it again"
+        )
+    if dtype.kind not in "iufb":
+        raise DataError("voxels are not numbers of one channel", where=name, value=dtype, rule="integers or floats")
+    compressed = name.lower().endswith(".gz")
+    most = path.stat().st_size * (MAX_GZIP_RATIO if compressed else 1)
+    if voxels * dtype.itemsize > most:
+        claimed = f"{voxels * dtype.itemsize} bytes in a file of {path.stat().st_size}"
+        raise DataError("header claims more than the file holds", where=name, value=claimed, fix="copy it again")
+    return shape3(shape[:3])
+
+
+def _check_affine(name: str, affine: npt.NDArray[np.float64]) -> None:
+    rule = "an invertible affine: three axes of positive voxel size, none along another"
+    fix = "mend sform and qform of the header"
+    with np.errstate(all="ignore"):
+        lengths = np.linalg.norm(affine[:3, :3], axis=0)
+        usable = bool(np.isfinite(affine).all() and lengths.min() > 1e-6)
+        if not usable or abs(float(np.linalg.det(affine[:3, :3] / lengths))) < 1e-3:
+            raise DataError("unusable affine", where=name, value=affine[:3].tolist(), rule=rule, fix=fix)
+
+
+def _largest_corner_distance_mm(one: NativeGrid, other: NativeGrid) -> float:
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in one.shape], indexing="ij")).reshape(3, -1)  # [3, 8]
+    homogeneous = np.vstack([corners, np.ones((1, corners.shape[1]))])
+    difference = (one.affine - other.affine) @ homogeneous
+    return float(np.linalg.norm(difference[:3], axis=0).max())

@@ -1,0 +1,96 @@
+"""What `distseg cohort` does: list, remove, repair."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from distseg.data.cohort import (
+    Cohort,
+    ScanRecord,
+    check_version,
+    index_path,
+    local_path,
+    read_attrs,
+    read_index,
+    read_lines,
+    sources_path,
+)
+from distseg.errors import InputError
+from distseg.work.cohort_index import reconcile, write_lines, writing
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """How many scans the index now names, and the ids of incomplete ones taken out."""
+
+    scans: int
+    dropped: list[str]
+
+
+def list_cohort(cohort: str, *, width: int | None = None) -> str:
+    """A table of the scans and a line of totals, as text `width` columns wide (None: the terminal's)."""
+    opened = Cohort.open(cohort)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in (("scan", "left"), ("shape Z Y X", "right"), ("spacing mm Z Y X", "right")):
+        table.add_column(name, justify="right" if justify == "right" else "left")
+    for name in ("labelled", "split"):
+        table.add_column(name)
+    table.add_column("foreground voxels", justify="right")
+    for record in opened.records:
+        table.add_row(*_row(record))
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(table)
+        console.print(_summary(opened), highlight=False, markup=False, soft_wrap=True)
+    return capture.get()
+
+
+def remove_scan(cohort: str, *, scan: str) -> None:
+    """Take one scan out of store, index and sources. Raises InputError if there is no such scan."""
+    root = local_path(cohort)
+    Cohort.open(root).scan(scan)  # both raise for what is not there
+    with writing(root) as staging:
+        records = read_index(root)
+        records.pop(scan, None)
+        folder = root / scan
+        if folder.is_dir():
+            os.rename(folder, staging / scan)
+            shutil.rmtree(staging / scan)
+        write_lines(index_path(root), (record.to_json() for record in records.values()))
+        write_lines(sources_path(root), [line for line in read_lines(sources_path(root)) if line["id"] != scan])
+
+
+def repair_cohort(cohort: str) -> RepairReport:
+    """Rebuild the index from the store; a scan without `complete` is taken out. Raises InputError without a cohort."""
+    root = local_path(cohort)
+    attrs = read_attrs(root)
+    if attrs is None:
+        raise InputError("no cohort there", where=root, fix="make one with distseg ingest source=... cohort=...")
+    check_version(attrs, root)
+    with writing(root):
+        records, dropped = reconcile(root, trust_index=False)
+    return RepairReport(len(records), dropped)
+
+
+def _row(record: ScanRecord) -> list[str]:
+    return [
+        record.scan_id,
+        " ".join(str(n) for n in record.shape),
+        " ".join(f"{mm:.3g}" for mm in record.spacing_mm),
+        "yes" if record.labelled else "no",
+        record.split or "-",
+        ", ".join(f"{name} {count}" for name, count in record.voxels.items()) or "-",
+    ]
+
+
+def _summary(cohort: Cohort) -> str:
+    labelled = len(cohort.select(labelled=True))
+    splits = {name: len(cohort.select(split=name)) for name in ("train", "val", "test")}
+    held = ", ".join(f"{count} {name}" for name, count in splits.items() if count) or "no splits"
+    classes = ", ".join(cohort.class_names[1:]) or "none"
+    return f"{len(cohort.records)} scans, {labelled} labelled; {held}; {cohort.modality}; classes: {classes}"

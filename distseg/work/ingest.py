@@ -1,0 +1,183 @@
+"""Ingest: every case of a source into the cohort store, in parallel, resumable, one bad file at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import zarr
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from distseg.data.cohort import (
+    FORMAT_VERSION,
+    ScanRecord,
+    check_version,
+    index_path,
+    local_path,
+    read_attrs,
+    sources_path,
+)
+from distseg.data.convert import Converted, Known, ScanTask, convert_scan
+from distseg.data.formats import SPLIT_NAMES, Case, Source, discover
+from distseg.data.volume import Spacing, spacing3
+from distseg.errors import ConfigError, DataError
+from distseg.work.cohort_index import append_line, read_sources, reconcile, writing
+from distseg.work.executor import Executor, Outcome
+
+
+@dataclass
+class IngestReport:
+    """Ids of scans written and of scans the cohort had already; failures as (id, one line why)."""
+
+    cohort: str
+    added: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+
+
+def ingest_cohort(
+    *,
+    source: str,
+    cohort: str,
+    spacing_mm: Sequence[float] | None = None,
+    split: Sequence[float] | None = None,
+    executor: Executor,
+    progress: bool = True,
+) -> IngestReport:
+    """Bring `source` into `cohort`, made if it is not there. The same call again does what is still to do.
+
+    spacing_mm: (z, y, x) millimetres to store at, None for each scan's own. split: shares of train, val and test, used
+    where the source has no splits.json: a scan's share follows from a hash of its id, so it never moves as others come.
+    Raises InputError for a source or cohort unusable as a whole; what is wrong with a scan is in the report.
+    """
+    found = discover(source)
+    path = local_path(cohort)
+    spacing = None if spacing_mm is None else spacing3(spacing_mm)
+    with writing(path) as staging:
+        classes = _open_store(path, found, spacing)
+        records, _ = reconcile(path, trust_index=True)
+        sources = read_sources(sources_path(path))
+        tasks = [
+            ScanTask(
+                case=case,
+                cohort=str(path),
+                staging=str(staging),
+                classes=classes,
+                modality=found.modality,
+                spacing_mm=spacing,
+                known=Known(records[case.scan_id], sources.get(case.scan_id)) if case.scan_id in records else None,
+            )
+            for case in _with_split(found, split)
+        ]
+        report = IngestReport(str(path), failed=list(found.failures))
+        with _progress_bar(progress) as bar:
+            running = bar.add_task("ingest", total=len(tasks))
+            by_id = {task.case.scan_id: task.case for task in tasks}
+            for outcome in executor.map(convert_scan, tasks, key=_task_key):
+                _book(path, by_id[outcome.key], outcome, records, report)
+                bar.advance(running)
+        report.added.sort()
+        report.skipped.sort()
+        report.failed.sort()
+        _name_channel(path, records)
+    if not report.added and not report.skipped:
+        scan_id, why = report.failed[0]
+        more = f" and {len(report.failed) - 1} more" if len(report.failed) > 1 else ""
+        raise DataError(f"no usable case: {scan_id}: {why}{more}", where=source)
+    return report
+
+
+def _open_store(path: Path, found: Source, spacing: Spacing | None) -> dict[str, int]:
+    """Make the store or check that the source fits it; returns the cohort's classes."""
+    attrs = read_attrs(path)
+    if attrs is None:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise DataError("not a cohort", where=path, rule="a new path or a cohort", fix="give another cohort=")
+        attrs = {
+            "format_version": FORMAT_VERSION,
+            "classes": found.classes,
+            "channel_names": found.channel_names or {"0": "unknown"},
+            "spacing_mm": None if spacing is None else list(spacing),
+        }
+        zarr.create_group(path, zarr_format=3, attributes=attrs)
+        return found.classes
+    check_version(attrs, path)
+    had = None if attrs.get("spacing_mm") is None else spacing3(attrs["spacing_mm"])
+    if had != spacing:
+        rule = f"the cohort is stored at {'native spacing' if had is None else list(had)}"
+        got = "native spacing" if spacing is None else list(spacing)
+        raise ConfigError(
+            "one cohort, one spacing", where="data.spacing_mm", value=got, rule=rule, fix="as it is there"
+        )
+    classes: dict[str, int] = dict(attrs["classes"])
+    if len(classes) <= 1 < len(found.classes):  # so far unlabelled scans only
+        zarr.open_group(path, mode="r+", zarr_format=3).update_attributes({"classes": found.classes})
+        return found.classes
+    if found.classes != classes and len(found.classes) > 1:
+        rule = f"the cohort's classes are {classes}"
+        raise DataError("source and cohort differ in classes", where=path, value=found.classes, rule=rule)
+    return classes
+
+
+def _with_split(found: Source, shares: Sequence[float] | None) -> list[Case]:
+    if found.has_splits or shares is None:
+        return found.cases
+    return [replace(case, split=split_by_hash(case.scan_id, shares)) for case in found.cases]
+
+
+def split_by_hash(scan_id: str, shares: Sequence[float]) -> str:
+    """train, val or test, from the scan's id alone."""
+    position = int.from_bytes(hashlib.sha256(f"split:{scan_id}".encode()).digest()[:8], "big") / 2**64  # in [0, 1)
+    upper = 0.0
+    for name, share in zip(SPLIT_NAMES, shares, strict=True):
+        upper += share
+        if position < upper:
+            return name
+    return max(zip(shares, SPLIT_NAMES, strict=True))[1]  # shares may sum to a hair below 1
+
+
+def _book(
+    path: Path, case: Case, outcome: Outcome[Converted], records: dict[str, ScanRecord], report: IngestReport
+) -> None:
+    """Write down what became of one scan, as soon as it is known."""
+    if outcome.value is None:
+        report.failed.append((outcome.key, outcome.error or "failed without a reason"))
+        return
+    record = outcome.value.record
+    if outcome.value.written:
+        report.added.append(record.scan_id)
+    else:
+        report.skipped.append(record.scan_id)
+        if case.split is not None and case.split != record.split:
+            record = replace(record, split=case.split)
+            group = zarr.open_group(path / record.scan_id, mode="r+", zarr_format=3)
+            group.update_attributes({"split": record.split})
+        elif records.get(record.scan_id) == record:
+            return
+    records[record.scan_id] = record
+    append_line(index_path(path), record.to_json())
+    if outcome.value.written:
+        label = None if case.label is None else str(case.label.absolute())
+        line: dict[str, Any] = {"id": record.scan_id, "image": str(case.image.absolute()), "label": label}
+        append_line(sources_path(path), line)
+
+
+def _name_channel(path: Path, records: dict[str, ScanRecord]) -> None:
+    """A plain folder does not say what its channel is: the scans' common modality names it."""
+    attrs = read_attrs(path)
+    found = {record.modality for record in records.values()}
+    if attrs is not None and attrs["channel_names"] == {"0": "unknown"} and found not in ({"unknown"}, set()):
+        name = found.pop() if len(found) == 1 else "mixed"
+        zarr.open_group(path, mode="r+", zarr_format=3).update_attributes({"channel_names": {"0": name}})
+
+
+def _task_key(task: ScanTask) -> str:
+    return task.case.scan_id
+
+
+def _progress_bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), disable=not shown)
