@@ -1,0 +1,83 @@
+"""Reaching Ray: an embedded one on loopback unless RAY_ADDRESS names a cluster, checked to be large enough."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import TracebackType
+
+import ray
+
+from distseg.errors import InputError
+
+# Set before Ray starts and only where the user has not: no usage report leaves the machine, and a task that asks for
+# no GPU keeps what CUDA_VISIBLE_DEVICES says (Ray's own coming default, which otherwise warns at each start).
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+
+class Connection:
+    """A connection to Ray; closing it stops Ray only where `connect` started it. A context manager."""
+
+    def __init__(self, *, started_here: bool) -> None:
+        self._started_here = started_here
+
+    def close(self) -> None:
+        if self._started_here and ray.is_initialized():
+            ray.shutdown()
+        self._started_here = False
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def connect(
+    *, workers: int = 1, gpus_per_worker: float = 0.0, cpus_per_worker: float = 1.0, include_dashboard: bool = False
+) -> Connection:
+    """Connect to RAY_ADDRESS, or start an embedded Ray, or keep the Ray this process is connected to.
+
+    Raises InputError where the cluster could never give every worker its share: Ray itself would wait for ever.
+    """
+    started_here = not ray.is_initialized()
+    if started_here:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        address = os.environ.get("RAY_ADDRESS")
+        try:
+            if address:
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+            else:
+                ray.init(
+                    "local",
+                    include_dashboard=include_dashboard,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _node_ip_address="127.0.0.1",
+                )
+        except ConnectionError as error:
+            fix = "start that cluster, or unset RAY_ADDRESS for an embedded one"
+            raise InputError("no Ray cluster answers", where="RAY_ADDRESS", value=address, fix=fix) from error
+    connection = Connection(started_here=started_here)
+    try:
+        check_resources(workers=workers, gpus_per_worker=gpus_per_worker, cpus_per_worker=cpus_per_worker)
+    except InputError:
+        connection.close()
+        raise
+    return connection
+
+
+def check_resources(*, workers: int, gpus_per_worker: float = 0.0, cpus_per_worker: float = 1.0) -> None:
+    """Raises InputError where `workers` do not fit the connected cluster at once."""
+    has = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray leaves it without hints
+    for kind, each in (("CPU", cpus_per_worker), ("GPU", gpus_per_worker)):
+        needed, there = workers * each, float(has.get(kind, 0.0))
+        if needed > there:
+            raise InputError(
+                f"more workers than the cluster has {kind}s for",
+                where="resources.workers",
+                value=f"{workers} workers x {each:g} {kind} = {needed:g}",
+                rule=f"the cluster has {there:g} {kind}",
+                fix="lower resources.workers or resources.gpus_per_worker, or add machines",
+            )
