@@ -100,8 +100,7 @@ def _discover_nnunet(root: Path) -> Source:
     images, failures = _nifti_files(_folder(root / "imagesTr"))
     labels_folder = root / "labelsTr"
     labels, label_failures = _nifti_files(_folder(labels_folder)) if labels_folder.exists() else ({}, [])
-    failures += label_failures
-    refused = {name for name, _ in failures}
+    failures = [(_case_of(name), why) for name, why in failures] + label_failures
     splits = _read_splits(root / "splits.json")
     by_case: dict[str, Path] = {}
     extra_channels: set[str] = set()
@@ -118,7 +117,8 @@ def _discover_nnunet(root: Path) -> Source:
         by_case.pop(case, None)
         rule = "one channel per scan; this file says the case has more"
         failures.append((case, str(DataError("more than one channel", where=f"{case}_0001", rule=rule))))
-    for case in sorted(set(labels) - set(by_case) - extra_channels - refused):
+    refused = {name for name, _ in failures}
+    for case in sorted(set(labels) - set(by_case) - refused):
         rule = f"every label has its image imagesTr/{case}_0000.nii.gz"
         why = DataError("label without an image", where=labels[case].name, rule=rule, fix="add it or drop the label")
         failures.append((case, str(why)))
@@ -129,6 +129,11 @@ def _discover_nnunet(root: Path) -> Source:
         if case not in refused
     ]
     return Source("nnunet", classes, channel_names, cases, failures, has_splits=splits is not None)
+
+
+def _case_of(name: str) -> str:
+    match = _CHANNEL.match(name)
+    return match["case"] if match else name
 
 
 def _nifti_files(folder: Path) -> tuple[dict[str, Path], list[tuple[str, str]]]:

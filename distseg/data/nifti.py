@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from distseg.data.volume import NativeGrid, Volume, shape3
+from distseg.data.volume import NativeGrid, Shape, Volume, shape3
 from distseg.errors import DataError
 
 MAX_VOXELS = 2**33  # 64 GiB of float64: beyond it a header is damaged, not a scan large
@@ -103,17 +103,19 @@ def _read(path: Path) -> tuple[NativeGrid, npt.NDArray[Any]]:
     """Grid and values in native axis order, every value finite."""
     name = path.name
     try:
-        if path.stat().st_size == 0:
-            raise DataError("empty file", where=name, value="0 bytes", fix="copy it again")
-        image: Any = nib.load(path)
-        header = image.header
-        full_shape, dtype = tuple(int(n) for n in header.get_data_shape()), header.get_data_dtype()
+        file_nbytes = path.stat().st_size
     except OSError as error:
-        why = error.strerror or "not a file of that format, or truncated"
+        raise DataError("not readable", where=name, value=error.strerror, fix="check the path") from error
+    if file_nbytes == 0:
+        raise DataError("empty file", where=name, value="0 bytes", fix="copy it again")
+    try:
+        image: Any = nib.load(path)
+        full_shape = tuple(int(n) for n in image.header.get_data_shape())
+        dtype = np.dtype(image.header.get_data_dtype())
+    except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError, ValueError, OverflowError) as error:
+        why = str(error).replace(str(path), name) or "truncated"  # folder names are names of patients
         raise DataError("not readable as NIfTI", where=name, value=why, fix="copy or convert it again") from error
-    except (EOFError, zlib.error, nib.filebasedimages.ImageFileError, ValueError, OverflowError) as error:
-        raise DataError("not readable as NIfTI", where=name, value=error, fix="copy or convert it again") from error
-    shape = _check_header(path, full_shape, np.dtype(dtype))
+    shape = _check_header(name, full_shape, dtype, file_nbytes)
     affine = np.asarray(image.affine, np.float64)
     _check_affine(name, affine)
     try:
@@ -128,9 +130,8 @@ def _read(path: Path) -> tuple[NativeGrid, npt.NDArray[Any]]:
     return NativeGrid(shape, affine), array
 
 
-def _check_header(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, int, int]:
+def _check_header(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], file_nbytes: int) -> Shape:
     """The 3-D shape; refuses before anything of the claimed size is read."""
-    name = path.name
     if len(shape) < 3 or any(n != 1 for n in shape[3:]):
         raise DataError(f"{len(shape)}-D image", where=name, value=shape, rule="3-D", fix="split or stack it into 3-D")
     voxels = 1
@@ -142,10 +143,9 @@ def _check_header(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> t
         )
     if dtype.kind not in "iufb":
         raise DataError("voxels are not numbers of one channel", where=name, value=dtype, rule="integers or floats")
-    compressed = name.lower().endswith(".gz")
-    most = path.stat().st_size * (MAX_GZIP_RATIO if compressed else 1)
+    most = file_nbytes * (MAX_GZIP_RATIO if name.lower().endswith(".gz") else 1)
     if voxels * dtype.itemsize > most:
-        claimed = f"{voxels * dtype.itemsize} bytes in a file of {path.stat().st_size}"
+        claimed = f"{voxels * dtype.itemsize} bytes in a file of {file_nbytes}"
         raise DataError("header claims more than the file holds", where=name, value=claimed, fix="copy it again")
     return shape3(shape[:3])
 
