@@ -183,17 +183,27 @@ def _describe(
         regions.append((value, chosen.astype(np.int32)))
     voxels = np.concatenate([np.insert(points, 0, value, axis=1) for value, points in regions]).astype(np.int32)
     intensities = image[voxels[:, 1], voxels[:, 2], voxels[:, 3]].astype(np.float32)
-    nonzero = image[image != 0]
+    mean, sd = _nonzero_mean_and_sd(image)
     attrs = {
         "body_box": [list(corner) for corner in body.box],
         "foreground": foreground,
         "intensity": {
             "minimum": float(image.min()),
-            "nonzero_mean": float(nonzero.mean(dtype=np.float64)) if nonzero.size else 0.0,
-            "nonzero_sd": float(nonzero.std(dtype=np.float64)) if nonzero.size else 0.0,
+            "nonzero_mean": mean,
+            "nonzero_sd": sd,
         },
     }
     return attrs, voxels, intensities
+
+
+def _nonzero_mean_and_sd(image: npt.NDArray[Any]) -> tuple[float, float]:
+    """Over the voxels that are not 0, in float64, slice by slice so that no float64 copy of the scan is made."""
+    count = int(np.count_nonzero(image))
+    if count == 0:
+        return 0.0, 0.0
+    mean = sum(float(axial.sum(dtype=np.float64)) for axial in image) / count
+    squares = sum(float(np.square(axial[axial != 0] - mean).sum()) for axial in image)
+    return mean, float(np.sqrt(squares / count))
 
 
 def _write_array(group: zarr.Group, name: str, data: npt.NDArray[Any]) -> None:
