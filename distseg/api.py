@@ -71,7 +71,7 @@ def ingest_from_config(config: IngestConfig) -> IngestReport:
             progress=config.logging.progress,
         )
     if report.failed:
-        done = f"{report.cohort}: {report.added} scans added, {report.skipped} already there"
+        done = f"{report.cohort}: {len(report.added)} scans added, {len(report.skipped)} already there"
         raise FinishedWithFailures(done, report.failed)
     return report
 
@@ -82,20 +82,21 @@ def cohort(
     action: Literal["list", "remove", "repair"] | None = None,
     scan: str | None = None,
 ) -> list[ScanRecord]:
-    """List the scans of a cohort; `action="remove"` takes `scan` out first, "repair" rebuilds the index from the store."""
+    """List the scans of a cohort; "remove" takes `scan` out first, "repair" rebuilds the index from the store first."""
     return cohort_from_config(_config(CohortConfig, locals()))
 
 
 def cohort_from_config(config: CohortConfig) -> list[ScanRecord]:
-    from distseg.data.cohort import Cohort, remove_scan, repair_index
+    from distseg.data.cohort import Cohort
+    from distseg.work.cohort_actions import remove_scan, repair_cohort
 
     config = _absolute(config, "cohort")
     if config.action == "remove":
         if config.scan is None:
             raise ConfigError("key not given", where="scan", fix="name the scan to remove: scan=ID")
-        remove_scan(config.cohort, config.scan)
+        remove_scan(config.cohort, scan=config.scan)
     elif config.action == "repair":
-        repair_index(config.cohort)
+        repair_cohort(config.cohort)
     return list(Cohort.open(config.cohort).records)
 
 
@@ -117,21 +118,19 @@ def train(
 
     # Paths skip the merge: it would read "${" in them as an interpolation.
     given = dict(overrides or {})
-    init_from, pseudo_labels = given.pop("train.init_from", None), given.pop("data.pseudo_labels", None)
+    init_from = given.pop("train.init_from", None)
     choice = {"method": method} if method is not None else {}
     config = train_config(cohort="", run="", preset=preset, matching=matching, overrides=given, **choice)
     config.cohort, config.run = os.fspath(cohort), os.fspath(run)
     config.train.init_from = None if init_from is None else os.fspath(init_from)
-    config.data.pseudo_labels = None if pseudo_labels is None else os.fspath(pseudo_labels)
     return train_from_config(config)
 
 
 def train_from_config(config: TrainRunConfig) -> TrainResult:
     config = _absolute(config, "cohort", "run")
     config.train = _absolute(config.train, "init_from")
-    config.data = _absolute(config.data, "pseudo_labels")
     if config.launcher == "local":
-        from distseg.training.loop import train_local
+        from distseg.training.local import train_local
 
         return train_local(config)
     from distseg.distributed.train import train_on_ray
@@ -214,6 +213,7 @@ def demo(
     run: str | os.PathLike[str] | None = None,
     scans: int | None = None,
     labelled: int | None = None,
+    validation: int | None = None,
     warmup_steps: int | None = None,
     steps: int | None = None,
     seed: int | None = None,
@@ -229,7 +229,8 @@ def demo_from_config(config: DemoConfig) -> dict[str, dict[str, Any]]:
     from distseg.work.demo import run_demo
 
     config = _absolute(config, "run")
-    return run_demo(config, ingest=ingest_from_config, train=train_from_config, evaluate=evaluate_from_config)
+    with _one_ray(config.launcher, config.resources):
+        return run_demo(config, ingest=ingest_from_config, train=train_from_config, evaluate=evaluate_from_config)
 
 
 def benchmark(
@@ -286,19 +287,29 @@ def _absolute(config: Config, *names: str) -> Config:
 
 @contextmanager
 def _executor(launcher: str, resources: ResourcesConfig) -> Iterator[Executor]:
-    """This machine's processes, or Ray tasks on the cluster at hand (started here if there is none)."""
+    """This machine's processes, or Ray tasks on the cluster at hand (started when first used if there is none)."""
     executor: Executor
     if launcher == "local":
         from distseg.work.executor import LocalExecutor
 
         executor = LocalExecutor(resources.workers)
     else:
-        from distseg.distributed.cluster import connect
         from distseg.distributed.executor import RayExecutor
 
-        connect(workers=resources.workers, gpus=resources.gpus_per_worker)
-        executor = RayExecutor(resources.workers)
+        executor = RayExecutor(resources.workers, gpus_per_task=resources.gpus_per_worker)
     try:
         yield executor
     finally:
         executor.close()
+
+
+@contextmanager
+def _one_ray(launcher: str, resources: ResourcesConfig) -> Iterator[None]:
+    """Several verbs in one process share one Ray instead of starting it for each."""
+    if launcher == "local":
+        yield
+        return
+    from distseg.distributed.cluster import connect
+
+    with connect(workers=resources.workers, gpus_per_worker=resources.gpus_per_worker):
+        yield

@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    if arguments and arguments[0] in ("-sc", "--shell-completion") or _asks_completion(arguments):
+    if (arguments and arguments[0] in ("-sc", "--shell-completion")) or _asks_completion(arguments):
         return _complete(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -76,7 +76,9 @@ def _run_verb(verb: Verb, arguments: list[str]) -> int:
     flags = _parse_flags(arguments)
     given = [literal_override(argument) for argument in flags.overrides]
     overrides = check_overrides(verb, _parse(given))
-    swept = [override.key for override in overrides if override.values is not None and len(override.values) > 1]
+    swept = {override.key: word for override, word in zip(overrides, given, strict=True) if override.is_sweep}
+    if swept and not flags.multirun:
+        raise ConfigError("several values for one run", where=next(iter(swept.values())), fix="add --multirun")
     derived, notice = _derived(verb, overrides)
     switches = [argument for argument in arguments if argument not in flags.overrides]
     codes: list[int] = []
@@ -136,7 +138,7 @@ def _number(key: str, value: object) -> float:
     raise ConfigError("not a number", where=key, value=value, fix=f"set {key}=0 or {key}=1")
 
 
-def _sweep_folder(swept: Sequence[str]) -> str:
+def _sweep_folder(swept: Collection[str]) -> str:
     """Each job of a sweep has its own folder under `run`, named after the swept keys' values."""
     if not swept:
         return ""
@@ -247,7 +249,7 @@ def _parse(arguments: Sequence[str]) -> list[Override]:
             ) from None
         value = parsed.value() if not parsed.is_delete() else None
         values = value.list if isinstance(value, ChoiceSweep) else None if parsed.is_sweep_override() else [value]
-        overrides.append(Override(parsed.key_or_group, values, parsed.package, parsed.is_delete()))
+        overrides.append(Override(parsed.key_or_group, values, parsed.is_sweep_override(), parsed.is_delete()))
     return overrides
 
 

@@ -21,11 +21,11 @@ VERBATIM_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class Override:
-    """One parsed `key=value`; `values` has one entry, several in a sweep, None for a sweep that is no choice."""
+    """One parsed `key=value`; `values` has one entry, several in a sweep, None for a sweep over a range."""
 
     key: str
     values: Sequence[Any] | None
-    package: str | None = None
+    is_sweep: bool = False
     is_delete: bool = False
 
 
@@ -86,7 +86,7 @@ def help_template(verb: Verb) -> str:
         "",
         "$CONFIG",
         "Set any of them with key=value, lists as key=[3,4,4]. Paths are taken as they are.",
-        "--cfg job shows the composed configuration, --multirun sweeps key=a,b, --hydra-help explains Hydra's switches.",
+        "--cfg job shows the composed configuration, --multirun sweeps key=a,b, --hydra-help explains the rest.",
     ]
     return "\n".join(lines)
 
@@ -107,11 +107,8 @@ def literal_override(argument: str) -> str:
 
 
 def _omegaconf_escaped(value: str) -> str:
-    """`${` as text: a backslash before it, and those already there doubled. Without `${` backslashes are plain."""
-    if "${" not in value:
-        return value
-    escaped = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
-    return re.sub(r"(\\+)$", lambda match: match[1] * 2, escaped)
+    """`${` as text: a backslash before it, and those already there doubled. Elsewhere backslashes are plain."""
+    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
 
 
 def _hydra_quoted(value: str) -> str:
@@ -146,7 +143,7 @@ def _check_choices(group: str, values: Iterable[Any], choices: list[str]) -> Non
     from distseg.config.checks import one_of
 
     for value in values:
-        if value is None and group == "matching" or isinstance(value, dict):
+        if (value is None and group == "matching") or isinstance(value, dict):
             continue  # matching=null leaves it to the method; a mapping sets keys of the section
         one_of(group, str(value), choices)
 
@@ -177,28 +174,24 @@ def complete_verb(line: str) -> list[str] | None:
 # --- what is printed -----------------------------------------------------------------------------------------------
 
 
-def _show_nothing(config: Any, result: Any) -> None:
+def _show_nothing(_config: Any, _result: Any) -> None:
     """The verb prints its own results as they come."""
 
 
-def _show_ingest(config: Any, report: Any) -> None:
-    print(f"{report.cohort}: {report.added} scans added, {report.skipped} already there")
+def _show_ingest(_config: Any, report: Any) -> None:
+    print(f"{report.cohort}: {len(report.added)} scans added, {len(report.skipped)} already there")
 
 
 def _show_cohort(config: Any, records: Any) -> None:
-    if config.action == "remove":
-        print(f"{config.cohort}: {config.scan} removed")
+    if config.action != "list":
+        print(f"{config.cohort}: {len(records)} scans")
         return
-    print(f"{'scan':<24} {'split':<6} {'labelled':<8} {'shape z y x':<16} spacing_mm z y x")
-    for record in records:
-        shape = "x".join(str(size) for size in record.shape)
-        spacing = " ".join(f"{step:.3g}" for step in record.spacing_mm)
-        labelled = "yes" if record.labelled else "no"
-        print(f"{record.scan_id:<24} {record.split or '-':<6} {labelled:<8} {shape:<16} {spacing}")
-    print(f"{len(records)} scans, {sum(record.labelled for record in records)} labelled")
+    from distseg.work.cohort_actions import list_cohort
+
+    print(list_cohort(config.cohort), end="")
 
 
-def _show_train(config: Any, result: Any) -> None:
+def _show_train(_config: Any, result: Any) -> None:
     print(f"{result.run}: trained to step {result.steps}")
 
 
