@@ -171,7 +171,8 @@ def finished_planes(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Yield (first plane, {network: class probabilities [K, planes, Y, X]}) in ascending, gapless order.
 
-    The tensors are views of buffers that the next iteration overwrites. Class probabilities are averaged, not logits:
+    The tensors are views of buffers that the next iteration overwrites. Predictors are pure functions of a window: one
+    that holds a single value (air, clipped) is predicted once per value. Class probabilities are averaged, not logits:
     what one window is sure of cannot be outvoted by another's scale.
     """
     depth, height, width = grid.patch
@@ -184,14 +185,13 @@ def finished_planes(
     ]  # [Z, 1, 1]
     sums = {name: torch.zeros(num_classes, depth, *grid.padded_yx, device=device) for name in predict}
     inner_y, inner_x = slice(-top, grid.shape[1] - top), slice(-left, grid.shape[2] - left)
+    blank: dict[str, tuple[float, Tensor]] = {}
     for row, (start, slab) in enumerate(zip(grid.starts[0], slabs, strict=True)):
-        for first in range(0, len(corners), batch_size):
-            batch = corners[first : first + batch_size]
-            windows = torch.stack([slab[:, y : y + height, x : x + width] for y, x in batch])[:, None].to(device)
-            for name, network in predict.items():
-                probabilities = torch.softmax(network(windows).float(), dim=1) * weight  # [B, K, pZ, pY, pX]
-                for (y, x), window in zip(batch, probabilities, strict=True):
-                    sums[name][:, :, y : y + height, x : x + width] += window
+        windows = [slab[:, y : y + height, x : x + width] for y, x in corners]
+        for name, network in predict.items():
+            for at, probabilities in _predict_row(windows, network, name, blank, batch_size=batch_size, device=device):
+                y, x = corners[at]
+                sums[name][:, :, y : y + height, x : x + width] += probabilities * weight
         last = row + 1 == len(grid.starts[0])
         stop = grid.shape[0] if last else grid.starts[0][row + 1]
         begin = max(start, 0)
@@ -206,6 +206,31 @@ def finished_planes(
         if not last:
             for total in sums.values():
                 _advance(total, stop - start)
+
+
+def _predict_row(
+    windows: Sequence[Tensor],
+    network: Predictor,
+    name: str,
+    blank: dict[str, tuple[float, Tensor]],
+    *,
+    batch_size: int,
+    device: torch.device | str,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield (index, class probabilities [K, pZ, pY, pX]) of each window. `blank` keeps the last blank one per network."""
+    varied = []
+    for i, window in enumerate(windows):
+        low, high = (float(bound) for bound in window.aminmax())
+        if low != high:
+            varied.append(i)
+            continue
+        if name not in blank or blank[name][0] != low:
+            blank[name] = low, torch.softmax(network(window[None, None].to(device)).float(), dim=1)[0]
+        yield i, blank[name][1]
+    for first in range(0, len(varied), batch_size):
+        batch = varied[first : first + batch_size]
+        logits = network(torch.stack([windows[i] for i in batch])[:, None].to(device))
+        yield from zip(batch, torch.softmax(logits.float(), dim=1), strict=True)
 
 
 def _advance(total: Tensor, planes: int) -> None:

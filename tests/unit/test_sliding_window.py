@@ -143,6 +143,22 @@ def test_pointwise_predictor_gives_its_own_argmax() -> None:
     np.testing.assert_array_equal(mask, image)
 
 
+def test_windows_of_one_value_are_predicted_once() -> None:
+    image = np.zeros((4, 4, 40), np.float32)
+    image[:, :, 30:34] = np.random.default_rng(0).normal(size=(4, 4, 4))
+    seen: list[Tensor] = []
+    network = context_network(4)
+
+    def counting(windows: Tensor) -> Tensor:
+        seen.extend(windows)
+        return network(windows)
+
+    mask = run(image, overlap=0.0, predict={"only": counting})
+    assert len(seen) == 3  # x = 28 and 32 hold noise; the other eight are one
+    reference = dense_probabilities(image, patch=(4, 4, 4), overlap=0.0, fill=0.0, predict=network)
+    np.testing.assert_array_equal(mask, reference.argmax(0))
+
+
 def test_networks_share_one_reading_and_normalisation_is_applied() -> None:
     class CountingImage:
         shape, dtype = (13, 5, 6), np.dtype(np.int16)
@@ -176,7 +192,8 @@ def test_networks_share_one_reading_and_normalisation_is_applied() -> None:
 @pytest.mark.parametrize("target", [UNIT_MM, (2.0, 2.0, 2.0)])
 def test_memory_does_not_grow_with_depth(target: tuple[float, float, float]) -> None:
     def peak(depth: int) -> int:
-        image, floats, calls = np.zeros((depth, 16, 16), np.int16), [0], itertools.count()
+        values = np.arange(depth * 256, dtype=np.float32)  # no window is blank
+        image, floats, calls = values.reshape(depth, 16, 16), [0], itertools.count()
 
         def predict(windows: Tensor) -> Tensor:
             if next(calls) % (depth // 32):  # walking all objects is slow: look at 16 windows of each scan
