@@ -47,7 +47,7 @@ class Verb:
 
         self.show(config, getattr(api, f"{self.name}_from_config")(config))
 
-    def keys(self) -> list[str]:
+    def all_keys(self) -> list[str]:
         """Dotted keys of the schema, and the names of their sections."""
         from distseg.config.compose import flatten, to_plain
 
@@ -119,7 +119,7 @@ def _hydra_quoted(value: str) -> str:
 
 def check_overrides(verb: Verb, overrides: Sequence[Override]) -> Sequence[Override]:
     """Raise ConfigError for a key the verb does not have, or a group's choice that does not exist."""
-    keys = verb.keys()
+    keys = verb.all_keys()
     choices = _choices() if verb.name == "train" else {}
     for override in overrides:
         if re.match(r"hydra[./]|hydra$", override.key):
