@@ -76,5 +76,19 @@ class FinishedWithFailures(DistsegError, RuntimeError):
         return _rebuild, (type(self), (self.done, self.failures), {})
 
 
+class NonFiniteLossError(DistsegError, ArithmeticError):
+    """A loss became NaN or infinite; the run's checkpoints are from before."""
+
+    def __init__(self, step: int, terms: Sequence[str], scans: Sequence[str]) -> None:
+        self.step, self.terms, self.scans = step, tuple(terms), tuple(scans)
+        super().__init__(
+            f"step {step}: {', '.join(terms) or 'loss'} is not finite on {', '.join(scans)}; "
+            "look at those scans, or lower optimizer.lr"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), (self.step, self.terms, self.scans), {})
+
+
 def _rebuild(kind: type[DistsegError], args: tuple[Any, ...], keywords: dict[str, Any]) -> DistsegError:
     return kind(*args, **keywords)

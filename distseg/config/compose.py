@@ -19,7 +19,16 @@ from distseg.errors import ConfigError
 Config = TypeVar("Config")
 
 # What decides nothing about the result of a run, and so is no part of its identity (DESIGN section 2).
-NOT_IDENTITY = ("run", "resources", "launcher", "checkpoint", "logging", "dry_run", "train.profile", "train.threads")
+NOT_IDENTITY = (
+    "run",
+    "resources",
+    "launcher",
+    "checkpoint",
+    "logging",
+    "data.memory_gib",
+    "train.profile",
+    "train.threads",
+)
 # What every method of a table must share.
 RECIPE = ("data", "network", "sampling", "augment", "optimizer", "train")
 

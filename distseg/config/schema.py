@@ -17,16 +17,14 @@ LAUNCHERS = ("ray", "local")
 
 @dataclass
 class DataConfig:
-    """Which scans train, and on what grid. `labeled_scans`, `labeled_patches`: None takes all there are."""
+    """Which scans train, and on what grid. `labeled_scans`: None takes all there are."""
 
     spacing_mm: list[float] | None = None  # Z Y X; None: the median spacing of the labelled training scans
     labeled_scans: int | None = None
     labeled_ids: list[str] | None = None  # names the labelled scans outright, instead of a seeded draw
-    labeled_patches: int | None = None  # a fixed set of this many labelled patches, drawn with subset_seed
     subset_seed: int = 0
-    pseudo_labels: str | None = None  # an output folder of `distseg label`
     mirror_pairs: list[list[str]] | None = None  # classes that swap under a left-right flip
-    in_memory: bool = True  # keep the training volumes in RAM; off: patches come from the store
+    memory_gib: float = 4.0  # training volumes kept in RAM, a worker; the rest is read patch by patch
 
     def __post_init__(self) -> None:
         if self.spacing_mm is not None:
@@ -37,23 +35,25 @@ class DataConfig:
                 "three positive millimetres in Z, Y, X order",
                 "set data.spacing_mm=[3,4,4]",
             )
-        for name in ("labeled_scans", "labeled_patches"):
-            if getattr(self, name) is not None:
-                at_least(f"data.{name}", getattr(self, name), 1)
+        if self.labeled_scans is not None:
+            at_least("data.labeled_scans", self.labeled_scans, 1)
+        between("data.memory_gib", self.memory_gib, 0.0, 1e5)
 
 
 @dataclass
 class NetworkConfig:
-    """3D U-Net (Cicek 2016): level l has convolutions of f 2^l and 2 f 2^l filters, f = base_filters."""
+    """3D U-Net (Cicek 2016) of instance norm; the embedding is its last decoder map, 2 x base_filters wide."""
 
     base_filters: int = 8
     levels: int = 4
+    widening: str = "between"  # within: filters double inside a level (Cicek); between: from level to level
     dropout: str = "all"  # all: after every convolution but the output's (paper); decoder: the encoder runs once
     dropout_rate: float = 0.15
 
     def __post_init__(self) -> None:
         at_least("network.base_filters", self.base_filters, 1)
         between("network.levels", self.levels, 2, 7)
+        one_of("network.widening", self.widening, ("within", "between"))
         one_of("network.dropout", self.dropout, ("all", "decoder"))
         between("network.dropout_rate", self.dropout_rate, 0.0, 0.9)
 
@@ -99,15 +99,18 @@ class AugmentConfig:
 
 @dataclass
 class OptimizerConfig:
-    """Adam. `schedule`: constant, or poly (lr (1 - step/total)^0.9) over this run and the one it branched from."""
+    """Adam. `schedule`: constant, or poly: lr (1 - s/schedule_steps)^0.9, s counting on from the run branched from."""
 
     lr: float = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     schedule: str = "poly"
+    schedule_steps: int | None = None  # None: to the end of this run; a run to branch from names the whole length
 
     def __post_init__(self) -> None:
         between("optimizer.lr", self.lr, 1e-8, 10.0)
         one_of("optimizer.schedule", self.schedule, ("constant", "poly"))
+        if self.schedule_steps is not None:
+            at_least("optimizer.schedule_steps", self.schedule_steps, 1)
 
 
 @dataclass
@@ -166,9 +169,10 @@ class TrainConfig:
 
     steps: int = 1000
     batch_size: int = 2
+    slots_per_pass: int | None = None  # slots a worker runs as one batch; None: all it has. Fewer take less memory
     init_from: str | None = None  # a run to branch from: student and optimizer copied, teacher := student, step 1
     select: str = "last"  # last: the final checkpoint is the model; val: the best on validation
-    validate_every_steps: int | None = None  # None: a twentieth of the run, where there is a val split
+    validate_every_steps: int | None = None  # None: four looks a run, where there is a val split
     validation_patches: int = 64
     ema_decay: float = 0.99
     precision: str = "auto"  # auto: bfloat16 on a GPU, float32 on CPU; float64 is for tests
@@ -185,7 +189,7 @@ class TrainConfig:
         one_of("train.precision", self.precision, ("auto", "float32", "bfloat16", "float64"))
         between("train.ema_decay", self.ema_decay, 0.0, 1.0)
         at_least("train.validation_patches", self.validation_patches, 1)
-        for name in ("validate_every_steps", "threads"):
+        for name in ("slots_per_pass", "validate_every_steps", "threads"):
             if getattr(self, name) is not None:
                 at_least(f"train.{name}", getattr(self, name), 1)
 
@@ -228,7 +232,6 @@ class TrainRunConfig:
     preset: str = "small"
     seed: int = 0
     launcher: str = "ray"
-    dry_run: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -351,8 +354,9 @@ class DemoConfig:
     """`distseg demo`."""
 
     run: str = "distseg-demo"
-    scans: int = 16
+    scans: int = 16  # training scans
     labelled: int = 4
+    validation: int = 4  # labelled scans beside `scans`, held out
     warmup_steps: int = 150
     steps: int = 60
     seed: int = 0
@@ -363,6 +367,9 @@ class DemoConfig:
     def __post_init__(self) -> None:
         one_of("launcher", self.launcher, LAUNCHERS)
         at_least_one_of("labelled", self.labelled, self.scans)
+        at_least("validation", self.validation, 1)
+        at_least("warmup_steps", self.warmup_steps, 1)
+        at_least("steps", self.steps, 1)
 
 
 @dataclass

@@ -1,0 +1,105 @@
+"""Which patches a slot sees: a labelled one, an unlabelled one, and where references may come from.
+
+Everything is drawn from the key (seed, step, slot), so the sampler has no state. Labelled patches: `foreground_share`
+of them contain a foreground voxel of a class drawn evenly, the rest lie uniformly inside the body. Unlabelled patches:
+uniform inside the body, or a share where `doubt` says the teacher is unsure. Axis order Z, Y, X.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from distseg.data.augment import Augmentation, FloatArray, LabelArray
+from distseg.data.keys import Purpose, generator
+from distseg.data.patches import PatchReader
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Patch:
+    scan_id: str
+    start: tuple[int, int, int]
+    image: FloatArray  # [Z, Y, X]
+    label: LabelArray | None
+
+
+class SlotSampler:
+    """Slot i of step t, from the seed alone.
+
+    Args:
+        labelled, unlabelled: scan ids, in an order that is the same on every rank.
+        doubt: voxels [n, 3] of a scan where the teacher is unsure at a step, or None (`sampling.unlabelled=body`).
+    """
+
+    def __init__(
+        self,
+        reader: PatchReader,
+        *,
+        labelled: Sequence[str],
+        unlabelled: Sequence[str],
+        patch_zyx: Sequence[int],
+        foreground_share: float,
+        augmentation: Augmentation,
+        seed: int,
+        doubt_share: float = 0.0,
+        doubt: Callable[[str, int], IntArray | None] | None = None,
+    ) -> None:
+        self.labelled, self.unlabelled, self.seed = tuple(labelled), tuple(unlabelled), seed
+        self._reader, self._size = reader, tuple(int(n) for n in patch_zyx)
+        self._foreground_share, self._augmentation = foreground_share, augmentation
+        self._doubt_share, self._doubt = doubt_share, doubt
+
+    def labelled_patch(self, step: int, slot: int) -> Patch:
+        rng = generator(self.seed, Purpose.LABELLED_PATCH, step, slot)
+        scan_id = self.labelled[int(rng.integers(len(self.labelled)))]
+        placement = self._reader.placement(scan_id)
+        on_foreground = bool(rng.random() < self._foreground_share) and bool(placement.foreground)
+        start = self._around_foreground(scan_id, rng) if on_foreground else self._centred(placement.body, rng)
+        return self._cut(scan_id, start, rng, with_label=True)
+
+    def reference_patch(self, labelled: Patch, step: int, slot: int) -> Patch | None:
+        """A patch of the labelled patch's scan that contains foreground; None if the scan has none."""
+        if not self._reader.placement(labelled.scan_id).foreground:
+            return None
+        rng = generator(self.seed, Purpose.REFERENCE_PATCH, step, slot)
+        start = self._around_foreground(labelled.scan_id, rng)
+        return self._cut(labelled.scan_id, start, rng, with_label=True)
+
+    def unlabelled_patch(self, step: int, slot: int, *, with_label: bool = False) -> Patch:
+        """`with_label` opens hidden truth: for diagnostics, never for training."""
+        rng = generator(self.seed, Purpose.UNLABELLED_PATCH, step, slot)
+        scan_id = self.unlabelled[int(rng.integers(len(self.unlabelled)))]
+        centres = self._reader.placement(scan_id).body
+        if self._doubt is not None and rng.random() < self._doubt_share:
+            doubtful = self._doubt(scan_id, step)
+            centres = doubtful if doubtful is not None and len(doubtful) else centres
+        return self._cut(scan_id, self._centred(centres, rng), rng, with_label=with_label)
+
+    def _centred(self, centres: IntArray, rng: np.random.Generator) -> tuple[int, int, int]:
+        centre = centres[int(rng.integers(len(centres)))]
+        return _start(centre, self._size)
+
+    def _around_foreground(self, scan_id: str, rng: np.random.Generator) -> tuple[int, int, int]:
+        """A patch that contains a foreground voxel somewhere in its middle half, so objects are seen off-centre."""
+        foreground: Mapping[str, IntArray] = self._reader.placement(scan_id).foreground
+        names = sorted(foreground)
+        voxels = foreground[names[int(rng.integers(len(names)))]]
+        centre = voxels[int(rng.integers(len(voxels)))]
+        reach = np.asarray(self._size) // 4
+        return _start(centre + rng.integers(-reach, reach + 1), self._size)
+
+    def _cut(self, scan_id: str, start: tuple[int, int, int], rng: np.random.Generator, *, with_label: bool) -> Patch:
+        image = self._reader.image(scan_id, start, self._size)
+        label = self._reader.label(scan_id, start, self._size) if with_label else None
+        image, label = self._augmentation(image, label, rng)
+        return Patch(scan_id, start, image, label)
+
+
+def _start(centre: IntArray, size: Sequence[int]) -> tuple[int, int, int]:
+    z, y, x = (int(c) - n // 2 for c, n in zip(centre, size, strict=True))
+    return z, y, x

@@ -1,0 +1,141 @@
+"""The model artefact: all that predict, evaluate and label need of a run, and nothing of its training data.
+
+    model/
+      model.json            format, network, classes, spacing, intensity, patch, threshold, the step it is from
+      student.safetensors   teacher.safetensors
+
+Weights are safetensors and model.json is plain JSON, so a model from a stranger cannot run code here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from distseg.config.schema import NetworkConfig
+from distseg.data.intensity import Intensity
+from distseg.errors import DataError
+from distseg.networks.unet import UNet3D
+
+FORMAT = 1
+NETWORKS = ("student", "teacher")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """model.json. Sizes and spacing are Z Y X; `class_names[0]` is the background."""
+
+    class_names: tuple[str, ...]
+    modality: str
+    spacing_mm: tuple[float, float, float]
+    patch_zyx: tuple[int, int, int]
+    network: NetworkConfig
+    intensity: Intensity
+    method: str
+    threshold_nats: float  # the run's reliability threshold at T = 0, for label
+    step: int
+    checkpoint: str  # last or val: how this step was chosen
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: both networks in eval mode on CPU."""
+
+    info: ModelInfo
+    networks: Mapping[str, UNet3D]
+
+    @property
+    def patch_zyx(self) -> tuple[int, int, int]:
+        return self.info.patch_zyx
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        return self.info.spacing_mm
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.info.class_names
+
+    @property
+    def intensity(self) -> Intensity:
+        return self.info.intensity
+
+
+def build_network(config: NetworkConfig, *, num_classes: int, activation_checkpointing: bool = False) -> UNet3D:
+    return UNet3D(
+        num_classes=num_classes,
+        base_filters=config.base_filters,
+        levels=config.levels,
+        widening=config.widening,
+        dropout=config.dropout,
+        dropout_rate=config.dropout_rate,
+        activation_checkpointing=activation_checkpointing,
+    )
+
+
+def save_model(folder: Path, info: ModelInfo, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Write beside, then swap in, so that a reader finds the old model or the new one. Rank 0 only."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    digests = {}
+    for name in NETWORKS:
+        file = partial / f"{name}.safetensors"
+        save_file({k: v.detach().float().cpu().contiguous() for k, v in weights[name].items()}, file)
+        digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    content = {"format": FORMAT, **dataclasses.asdict(info), "sha256": digests}
+    (partial / "model.json").write_text(json.dumps(content, indent=1))
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_model(run: str | Path) -> Model:
+    """The model of a run directory (or a model directory itself). Raises DataError if there is none or it is damaged."""
+    folder = Path(run)
+    folder = folder if (folder / "model.json").exists() else folder / "model"
+    file = folder / "model.json"
+    if not file.exists():
+        raise DataError(
+            "no trained model here",
+            where=run,
+            rule="a run directory has model/model.json once its training is done",
+            fix="run distseg train first, or correct run=",
+        )
+    try:
+        content = json.loads(file.read_text())
+        if content["format"] != FORMAT:
+            raise DataError("model of another format", where=file, value=content["format"], rule=f"must be {FORMAT}")
+        info = _info(content)
+        networks = {name: _load_network(folder / f"{name}.safetensors", info) for name in NETWORKS}
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"unreadable model: {type(error).__name__} {error}", where=folder) from error
+    return Model(info, networks)
+
+
+def _info(content: dict[str, Any]) -> ModelInfo:
+    names = {field.name for field in dataclasses.fields(ModelInfo)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k in names}
+    values["network"] = NetworkConfig(**content["network"])
+    values["intensity"] = Intensity(**content["intensity"])
+    return ModelInfo(**values)
+
+
+def _load_network(file: Path, info: ModelInfo) -> UNet3D:
+    network = build_network(info.network, num_classes=len(info.class_names))
+    network.load_state_dict(load_file(file))
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,37 @@
+"""L_S: cross-entropy plus foreground Dice, one to one, slot by slot (Xie et al. 2024; METHOD section 2b).
+
+Shapes: B slots, K classes, Z Y X voxels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+DICE_SMOOTHING = 1e-5
+
+
+def supervised_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy + (1 - Dice), [B].
+
+    Dice is the mean over foreground classes c of 2 sum(p_c y_c) / (sum(p_c^2) + sum(y_c)), sums over the slot's
+    voxels; a class absent from both costs nothing.
+
+    Args:
+        logits: [B, K, Z, Y, X].
+        target: int64 [B, Z, Y, X].
+    """
+    cross_entropy = functional.cross_entropy(logits, target, reduction="none").flatten(1).mean(1)
+    return cross_entropy + dice_loss(logits, target)
+
+
+def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - mean foreground Dice, [B]; shapes as in `supervised_loss`."""
+    foreground = torch.softmax(logits, dim=1)[:, 1:].flatten(2)  # [B, K-1, V]
+    classes = torch.arange(1, logits.shape[1], device=target.device)[None, :, None]
+    truth = (target.flatten(1)[:, None] == classes).to(foreground.dtype)  # [B, K-1, V]
+    overlap = (foreground * truth).sum(-1)
+    total = (foreground * foreground).sum(-1) + truth.sum(-1)
+    dice = (2 * overlap + DICE_SMOOTHING) / (total + DICE_SMOOTHING)
+    return 1 - dice.mean(1)

@@ -1,0 +1,45 @@
+"""Mean teacher (Tarvainen and Valpola, NeurIPS 2017) in its usual 3D medical form (SSL4MIS; BASELINES section 1).
+
+L_c = mean over unlabelled voxels and classes of (student softmax - teacher softmax)^2, weight ramp_up(T, 0.1). The
+teacher sees noise of sigma 0.1 clipped at 0.2 and its own dropout. Departures: instance norm, so no batch statistics;
+the teacher starts as a copy of the student; its noise is the recipe's to change.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from distseg.data.batch import Batch
+from distseg.losses.consistency import consistency_loss
+from distseg.losses.schedules import ramp_up
+from distseg.methods.base import At, Method, Targets, Terms, share
+from distseg.networks.stochastic import Generators, stochastic_logits
+from distseg.networks.unet import NetworkOutput, UNet3D
+
+
+class MeanTeacher(Method):
+    """One stochastic teacher pass a step; consistency on unlabelled patches only."""
+
+    def weights(self, at: At) -> dict[str, float]:
+        return {"consistency": ramp_up(at.step, at.total_steps, self.config.weight_consistency)}
+
+    @property
+    def teacher_passes(self) -> int:
+        return 1
+
+    @torch.no_grad()
+    def teach(self, teacher: UNet3D, batch: Batch, at: At, generators: Generators | None) -> Targets:
+        logits = stochastic_logits(
+            teacher,
+            batch.unlabelled_image,
+            passes=self.teacher_passes,
+            noise_sigma=self.config.teacher_noise_sigma,
+            noise_clip=self.config.teacher_noise_clip,
+            generators=generators,
+        )
+        return Targets(logits=logits[0])
+
+    def terms(self, output: NetworkOutput, targets: Targets) -> Terms:
+        assert targets.logits is not None, "teach fills it in"
+        loss = consistency_loss(output.logits, targets.logits)
+        return Terms({"consistency": loss}, {"foreground_pseudo": share(targets.logits.argmax(1) > 0)})

@@ -1,0 +1,47 @@
+"""Monte-Carlo uncertainty of the teacher, its pseudo-label, and which voxels it is sure of (Xie et al. 2024, Eq 2).
+
+Shapes: M passes, B slots, K classes, Z Y X voxels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from distseg.config.schema import MethodConfig
+from distseg.losses.schedules import threshold_nats
+from distseg.methods.base import At
+
+
+def uncertainty_and_label(logits: Tensor, *, uncertainty: str) -> tuple[Tensor, Tensor]:
+    """Entropy in nats [B, Z, Y, X] and argmax of the mean of the passes, int64 [B, Z, Y, X], of logits [M, B, K, ...].
+
+    `mean_of_entropies` is Eq 2: the mean over passes of each pass's entropy. `entropy_of_mean` is UA-MT's.
+    """
+    log_p = torch.log_softmax(logits, dim=2)
+    p = log_p.exp()
+    mean_p = p.mean(0)  # [B, K, Z, Y, X]
+    if uncertainty == "mean_of_entropies":
+        entropy = -torch.einsum("mbk...,mbk...->b...", p, log_p) / logits.shape[0]
+    else:
+        entropy = -torch.xlogy(mean_p, mean_p).sum(1)
+    return entropy, mean_p.argmax(1)
+
+
+def reliable_voxels(entropy: Tensor, config: MethodConfig, *, at: At, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Voxels under the threshold, bool [B, Z, Y, X], and the threshold of each slot in nats, [B].
+
+    `paper`: [0.75 + ramp_up(T, 0.25)] ln C. `fixed`: threshold_value x ln C. `quantile`: the threshold_value quantile
+    of the slot's own entropies.
+    """
+    flat = entropy.flatten(1)
+    if config.threshold == "quantile":
+        rank = max(1, round(config.threshold_value * flat.shape[1]))
+        threshold = flat.kthvalue(rank, dim=1).values  # torch.quantile refuses more than 2^24 voxels
+    elif config.threshold == "fixed":
+        threshold = flat.new_full((flat.shape[0],), config.threshold_value * math.log(num_classes))
+    else:
+        threshold = flat.new_full((flat.shape[0],), threshold_nats(at.step, at.total_steps, num_classes))
+    return entropy < threshold.view(-1, 1, 1, 1), threshold

@@ -1,0 +1,100 @@
+"""From slots to batches: cut the patches of this rank's slots, draw references, stay one step ahead of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from distseg.data.batch import Batch, collate
+from distseg.data.keys import Purpose, generator
+from distseg.data.slots import Patch, SlotSampler
+from distseg.matching.surface import draw_references, has_surface, surface_bands
+
+
+class Feed:
+    """The batch of any step, for one rank.
+
+    Args:
+        references: (k, draws) where the method matches against the slot's labelled patch, else None.
+        diagnostics: open the hidden truth of unlabelled scans in `truth_of`, to be measured and never trained on.
+    """
+
+    def __init__(
+        self,
+        sampler: SlotSampler,
+        *,
+        slots: tuple[int, ...],
+        num_classes: int,
+        references: tuple[int, int] | None,
+        needs_unlabelled: bool,
+        truth_of: frozenset[str] = frozenset(),
+    ) -> None:
+        self._sampler, self._slots, self._num_classes = sampler, slots, num_classes
+        self._references, self._needs_unlabelled, self._truth_of = references, needs_unlabelled, truth_of
+
+    def batch(self, step: int) -> Batch:
+        return collate([self._slot(step, slot) for slot in self._slots])
+
+    def ahead(self, first: int, last: int) -> Iterator[Batch]:
+        """Batches of steps first..last; the next one is cut in a thread while the caller works on this one."""
+        with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
+            coming: Future[Batch] = pool.submit(self.batch, first)
+            for step in range(first, last + 1):
+                batch = coming.result()
+                if step < last:
+                    coming = pool.submit(self.batch, step + 1)
+                yield batch
+
+    def _slot(self, step: int, slot: int) -> Batch:
+        labelled = self._sampler.labelled_patch(step, slot)
+        unlabelled, hidden = labelled, None
+        if self._needs_unlabelled:
+            unlabelled = self._sampler.unlabelled_patch(step, slot)
+            if self._truth_of:
+                hidden = self._hidden_truth(step, slot, unlabelled)
+        reference, index, present = self._draw(labelled, step, slot)
+        assert labelled.label is not None, "the sampler cuts labelled patches with their labels"
+        return Batch(
+            step=step,
+            slots=(slot,),
+            scan_ids=(f"{labelled.scan_id}+{unlabelled.scan_id}",),
+            labelled_image=_image(labelled),
+            labelled_target=torch.from_numpy(labelled.label.astype(np.int64))[None],
+            unlabelled_image=_image(unlabelled),
+            reference_image=_image(reference),
+            reference_index=torch.from_numpy(index)[None],
+            reference_present=torch.from_numpy(present)[None],
+            hidden_target=hidden,
+        )
+
+    def _draw(self, labelled: Patch, step: int, slot: int) -> tuple[Patch, np.ndarray, np.ndarray]:
+        """References from the labelled patch, or, where it has no surface, from a patch of its scan that has one."""
+        if self._references is None:
+            return labelled, np.zeros((self._num_classes, 1), np.int64), np.zeros(self._num_classes, np.bool_)
+        k, draws = self._references
+        patch = labelled
+        for candidate in (labelled, self._sampler.reference_patch(labelled, step, slot)):
+            if candidate is None or candidate.label is None:
+                continue
+            patch = candidate
+            rng = generator(self._sampler.seed, Purpose.REFERENCES, step, slot)
+            index, present = draw_references(
+                surface_bands(candidate.label, self._num_classes), k=k, draws=draws, generator=rng
+            )
+            if has_surface(present):
+                break
+        return patch, index, present
+
+    def _hidden_truth(self, step: int, slot: int, unlabelled: Patch) -> torch.Tensor:
+        if unlabelled.scan_id not in self._truth_of:
+            return torch.full((1, *unlabelled.image.shape), -1, dtype=torch.int64)
+        label = self._sampler.unlabelled_patch(step, slot, with_label=True).label
+        assert label is not None, "asked for with its label"
+        return torch.from_numpy(label.astype(np.int64))[None]
+
+
+def _image(patch: Patch) -> torch.Tensor:
+    return torch.from_numpy(patch.image)[None, None]

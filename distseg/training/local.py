@@ -1,0 +1,53 @@
+"""`launcher=local`: the loop in this process, or under torchrun in as many as it started. No Ray."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from distseg.config.schema import TrainRunConfig
+from distseg.errors import ConfigError
+from distseg.training.loop import TrainResult, set_threads, train_rank
+from distseg.training.progress import TerminalReporter
+from distseg.training.reduce import Communicator, SingleProcess, TorchDistributed
+from distseg.training.setup import open_run
+
+
+def train_local(config: TrainRunConfig) -> TrainResult:
+    """Train in this process. Under torchrun (WORLD_SIZE set) the ranks share the slots; all of them call this."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1 and config.resources.workers > 1:
+        raise ConfigError(
+            "launcher=local is one process",
+            where="resources.workers",
+            value=config.resources.workers,
+            fix="set launcher=ray, or start the command under torchrun",
+        )
+    if world_size > config.train.batch_size:
+        raise ConfigError(
+            "more processes than slots",
+            where="WORLD_SIZE",
+            value=world_size,
+            rule=f"at most train.batch_size = {config.train.batch_size}",
+        )
+    cores = len(os.sched_getaffinity(0))
+    set_threads(config, max(1, cores // world_size))
+    if world_size == 1:
+        return _train(config, SingleProcess())
+    on_gpu = config.resources.gpus_per_worker > 0
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        return _train(config, TorchDistributed())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _train(config: TrainRunConfig, communicator: Communicator) -> TrainResult:
+    if communicator.rank == 0:
+        open_run(config)
+    communicator.barrier()
+    with TerminalReporter(title=config.run, enabled=config.logging.progress and communicator.rank == 0) as reporter:
+        return train_rank(config, communicator=communicator, reporter=reporter)

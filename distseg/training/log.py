@@ -1,0 +1,120 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard, warnings. Rank 0 writes; every rank checks its numbers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distseg.config.schema import LoggingConfig
+from distseg.errors import NonFiniteLossError
+from distseg.methods.base import At, Method
+from distseg.training.clock import Clock
+from distseg.training.run import RunDirectory
+from distseg.training.step import record
+
+Row = dict[str, Any]
+
+
+class Reporter(Protocol):
+    """Who is told how the run gets on. Called on rank 0 only, but for `checkpoint`."""
+
+    def step(self, row: Mapping[str, Any], total_steps: int) -> None: ...
+
+    def checkpoint(self, step: int) -> None:
+        """A checkpoint of `step` is on disk. Called on all ranks."""
+
+    def note(self, text: str) -> None: ...
+
+
+class StepLog:
+    """Collects what steps return and writes it out later, so that a GPU never waits for a number to be printed.
+
+    On CPU every step is written at once; on a GPU every `GPU_FLUSH_STEPS`, times being means over those.
+    """
+
+    GPU_FLUSH_STEPS = 10
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        *,
+        method: Method,
+        batch_size: int,
+        clock: Clock,
+        reporter: Reporter | None,
+        config: LoggingConfig,
+        flush_steps: int,
+    ) -> None:
+        self._run, self._method, self._batch_size = run, method, batch_size
+        self._clock, self._reporter, self._config, self._flush_steps = clock, reporter, config, flush_steps
+        self._pending: list[tuple[At, tuple[str, ...], Tensor, tuple[str, ...], dict[str, float]]] = []
+        self._waited_s, self._since = 0.0, time.perf_counter()
+        self._writer = _tensorboard(run, config) if reporter is not None else None
+
+    def waited(self, seconds: float) -> None:
+        """Time the loop spent waiting for a batch."""
+        self._waited_s += seconds
+
+    def paused(self, seconds: float) -> None:
+        """Time since the last step that belongs to none: validation, a checkpoint."""
+        self._since += seconds
+
+    def add(self, at: At, logged: Mapping[str, Tensor], scan_ids: tuple[str, ...], extra: dict[str, float]) -> None:
+        """`extra` joins the row as it is, e.g. val_dice."""
+        self._pending.append((at, tuple(logged), torch.stack(list(logged.values())), scan_ids, extra))
+        if len(self._pending) >= self._flush_steps:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self._pending:
+            return
+        sections = self._clock.read()  # waits for the GPU
+        now, count = time.perf_counter(), len(self._pending)
+        times = {
+            "time_step_s": (now - self._since) / count,
+            "time_data_s": self._waited_s / count,
+            "time_network_s": sections.get("network", 0.0) / count,
+            "time_matching_s": sections.get("matching", 0.0) / count,
+        }
+        self._since, self._waited_s = now, 0.0
+        pending, self._pending = self._pending, []
+        for at, names, values, scan_ids, extra in pending:
+            logged = dict(zip(names, values.tolist(), strict=True))
+            row = {**record(logged, method=self._method, at=at, batch_size=self._batch_size), **extra, **times}
+            _refuse_non_finite(row, scan_ids)
+            if self._reporter is not None:
+                self._run.append_metrics(row)
+                self._to_tensorboard(row)
+                self._reporter.step(row, at.total_steps)
+
+    def close(self) -> None:
+        self.flush()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _to_tensorboard(self, row: Row) -> None:
+        due = row["step"] % self._config.tensorboard_every_steps == 0 or any(k.startswith("val_") for k in row)
+        if self._writer is not None and due:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._writer.add_scalar(name, value, row["step"])
+
+
+def _refuse_non_finite(row: Row, scan_ids: tuple[str, ...]) -> None:
+    """Raises NonFiniteLossError naming term, step and scans. The sums are the same on every rank, so all raise."""
+    if not math.isfinite(row["loss"]):
+        terms = [n for n, v in row.items() if n.startswith("loss_") and (v is None or not math.isfinite(v))]
+        raise NonFiniteLossError(step=int(row["step"]), terms=terms, scans=list(scan_ids))
+
+
+def _tensorboard(run: RunDirectory, config: LoggingConfig) -> Any:
+    if not config.tensorboard:
+        return None
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(run.path / "tensorboard"))

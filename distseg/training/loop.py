@@ -1,0 +1,197 @@
+"""The training loop of one rank: plain torch, given who to talk to. Ray Train and a single process run this same loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distseg.config.schema import TrainRunConfig
+from distseg.inference.model import ModelInfo, save_model
+from distseg.losses.schedules import threshold_nats
+from distseg.methods.base import At
+from distseg.training.checkpoint import Checkpoint, checkpoint_dir, load_checkpoint, prune_checkpoints, save_checkpoint
+from distseg.training.clock import Clock
+from distseg.training.log import Reporter, StepLog
+from distseg.training.reduce import Communicator
+from distseg.training.run import RunDirectory
+from distseg.training.setup import Session, start_session
+from distseg.training.step import training_step
+from distseg.training.validation import ValidationPatches
+
+# Validations in a run where validate_every_steps is not given: four cost under 5 % of protocol C's time (DESIGN
+# section 8); choosing a checkpoint by them wants more.
+LOOKS, LOOKS_TO_SELECT = 4, 10
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`resumed_from`: the step whose checkpoint this went on from, 0 for a fresh start."""
+
+    run: str
+    steps: int
+    resumed_from: int
+    last: dict[str, Any]  # the last line of metrics.jsonl
+
+
+def train_rank(config: TrainRunConfig, *, communicator: Communicator, reporter: Reporter) -> TrainResult:
+    """Train to the last step on this rank's slots, from the newest checkpoint. A collective: all ranks must call.
+
+    `open_run` has been called by rank 0 or the driver.
+    """
+    session = start_session(config, communicator)
+    leads, total = communicator.rank == 0, config.train.steps
+    if leads:
+        session.run.cut_metrics(session.first_step - 1)
+        for note in session.plan.notes:
+            reporter.note(note)
+    clock = Clock(session.device)
+    clock.watch(session.learner.student)
+    clock.watch(session.learner.teacher)
+    log = StepLog(
+        session.run,
+        method=session.method,
+        batch_size=config.train.batch_size,
+        clock=clock,
+        reporter=reporter if leads else None,
+        config=config.logging,
+        flush_steps=StepLog.GPU_FLUSH_STEPS if session.device.type == "cuda" else 1,
+    )
+    looks = _validation(session, communicator) if session.first_step <= total else None
+    batches = session.feed.ahead(session.first_step, total)
+    for step in range(session.first_step, total + 1):
+        begun = time.perf_counter()
+        batch = next(batches)
+        log.waited(time.perf_counter() - begun)
+        at = At(step, total)
+        _set_lr(session, step)
+        logged = training_step(
+            session.learner,
+            batch.to(session.device, session.dtype),
+            method=session.method,
+            at=at,
+            settings=session.settings,
+            communicator=communicator,
+            clock=clock,
+        )
+        begun = time.perf_counter()
+        validated = looks.due(step) if looks else {}
+        log.paused(time.perf_counter() - begun)
+        log.add(at, logged, batch.scan_ids, validated)
+        if step % config.checkpoint.every_steps == 0 or step == total or _to_keep(session, validated):
+            log.flush()
+            begun = time.perf_counter()
+            if leads:
+                _checkpoint(session, step)
+            communicator.barrier()
+            reporter.checkpoint(step)
+            log.paused(time.perf_counter() - begun)
+    log.close()
+    if leads:
+        _write_model(session)
+    communicator.barrier()
+    return TrainResult(config.run, total, session.first_step - 1, _last_row(session.run))
+
+
+def _set_lr(session: Session, step: int) -> None:
+    """poly: lr (1 - s / schedule_steps)^0.9, with s steps done before this one, over all runs of the branch."""
+    settings = session.config.optimizer
+    done = session.schedule_offset + step - 1
+    length = settings.schedule_steps or session.schedule_offset + session.config.train.steps
+    factor = max(0.0, 1.0 - done / length) ** 0.9 if settings.schedule == "poly" else 1.0
+    for group in session.learner.optimizer.param_groups:
+        group["lr"] = settings.lr * factor
+
+
+class _Looks:
+    """Validation every so many steps and at the last."""
+
+    def __init__(self, session: Session, patches: ValidationPatches) -> None:
+        self._session, self._patches = session, patches
+        train = session.config.train
+        looks = LOOKS_TO_SELECT if train.select == "val" else LOOKS
+        self._every = train.validate_every_steps or max(1, math.ceil(train.steps / looks))
+
+    def due(self, step: int) -> dict[str, float]:
+        """The student's val_dice if a look is due at `step`. A collective: all ranks must call."""
+        session = self._session
+        if step % self._every and step != session.config.train.steps:
+            return {}
+        return {"val_dice": self._patches.dice(session.learner.student, session.device, session.dtype)}
+
+
+def _validation(session: Session, communicator: Communicator) -> _Looks | None:
+    if not session.plan.validation:
+        return None
+    patches = ValidationPatches(
+        session.reader,
+        scan_ids=session.plan.validation,
+        count=session.config.train.validation_patches,
+        patch_zyx=session.config.sampling.patch_zyx,
+        num_classes=session.plan.num_classes,
+        seed=session.config.data.subset_seed,
+        communicator=communicator,
+    )
+    return _Looks(session, patches)
+
+
+def _to_keep(session: Session, validated: dict[str, float]) -> bool:
+    """Whether this step may become the model: with select=val every look is checkpointed, the best one spared."""
+    return bool(validated) and session.config.train.select == "val"
+
+
+def _checkpoint(session: Session, step: int) -> None:
+    learner = session.learner
+    checkpoint = Checkpoint(
+        step=step,
+        schedule_step=session.schedule_offset + step,
+        student=learner.student.state_dict(),
+        teacher=learner.teacher.state_dict(),
+        optimizer=learner.optimizer.state_dict(),
+    )
+    save_checkpoint(session.run.checkpoints, checkpoint)
+    best = _best_step(session.run) if session.config.train.select == "val" else None
+    spare = {best} if best is not None else set()
+    prune_checkpoints(session.run.checkpoints, keep=session.config.checkpoint.keep, spare=spare)
+
+
+def _best_step(run: RunDirectory) -> int | None:
+    """The first step with the highest val_dice."""
+    looks = [row for row in run.metrics() if row.get("val_dice") is not None]
+    return int(max(looks, key=lambda row: row["val_dice"])["step"]) if looks else None
+
+
+def _write_model(session: Session) -> None:
+    config, plan = session.config, session.plan
+    step = config.train.steps
+    if config.train.select == "val":
+        step = _best_step(session.run) or step
+    chosen = load_checkpoint(checkpoint_dir(session.run.checkpoints, step))
+    z, y, x = config.sampling.patch_zyx
+    info = ModelInfo(
+        class_names=plan.class_names,
+        modality=plan.modality,
+        spacing_mm=plan.spacing_mm,
+        patch_zyx=(z, y, x),
+        network=config.network,
+        intensity=plan.intensity,
+        method=config.method.name,
+        threshold_nats=threshold_nats(0, config.train.steps, plan.num_classes),
+        step=step,
+        checkpoint=config.train.select,
+    )
+    save_model(session.run.model, info, {"student": chosen.student, "teacher": chosen.teacher})
+
+
+def _last_row(run: RunDirectory) -> dict[str, Any]:
+    rows = run.metrics()
+    return rows[-1] if rows else {}
+
+
+def set_threads(config: TrainRunConfig, cores: int) -> None:
+    """Torch's threads of this worker: asked for, or its share of the cores. Two workers with two threads each on two
+    cores run 1.5 times slower than with one each."""
+    torch.set_num_threads(config.train.threads or max(1, cores // config.resources.workers))

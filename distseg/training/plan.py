@@ -1,0 +1,202 @@
+"""What a run learned about its data before its first step, fixed for its life and stored in its config.yaml.
+
+A resumed run reads its plan back, so scans that joined the cohort in between change nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distseg.config.schema import TrainRunConfig
+from distseg.data.augment import LEFT_RIGHT, Augmentation, lateral_classes
+from distseg.data.cohort import Cohort, ScanRecord
+from distseg.data.intensity import Intensity
+from distseg.data.keys import Purpose, generator
+from distseg.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`spacing_mm` is Z Y X. `notes`: what a user should be told about the choices made."""
+
+    class_names: tuple[str, ...]  # index = label value
+    modality: str
+    spacing_mm: tuple[float, float, float]
+    intensity: Intensity
+    labelled: tuple[str, ...]
+    unlabelled: tuple[str, ...]
+    validation: tuple[str, ...]
+    flip_axes: tuple[int, ...]
+    swap: tuple[tuple[int, int], ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def augmentation(self, config: TrainRunConfig) -> Augmentation:
+        return Augmentation(
+            self.flip_axes, config.augment.intensity_scale, config.augment.intensity_shift, self.swap
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        plain = dataclasses.asdict(self)
+        return {k: _listed(v) for k, v in plain.items()}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Plan:
+        values = {k: _tupled(v) for k, v in plain.items()}
+        return cls(**{**values, "intensity": Intensity(**plain["intensity"])})
+
+
+def make_plan(config: TrainRunConfig, cohort: Cohort, *, parent: Plan | None = None) -> Plan:
+    """Choose scans, spacing and normalisation. A run that branches takes its parent's spacing and normalisation.
+
+    Raises ConfigError or DataError where the cohort cannot serve the config.
+    """
+    training = [r for r in cohort.records if r.split in (None, "train")]
+    labelled = choose_labelled(config, cohort, [r for r in training if r.labelled])
+    chosen = set(labelled)
+    unlabelled = tuple(sorted(r.scan_id for r in training if r.scan_id not in chosen))
+    validation = tuple(sorted(r.scan_id for r in cohort.records if r.split == "val" and r.labelled))
+    notes = []
+    if not unlabelled:
+        notes.append("no unlabelled scan is left: the labelled ones serve as unlabelled too")
+    if config.train.select == "val" and not validation:
+        raise ConfigError(
+            "no validation scans to select on",
+            where="train.select",
+            value="val",
+            fix="set train.select=last, or give the cohort a val split",
+        )
+    _check_classes(cohort, labelled)
+    flip_axes, swap, flip_note = _flips(config, cohort.class_names)
+    spacing = parent.spacing_mm if parent else _spacing(config, cohort, labelled)
+    plan = Plan(
+        class_names=tuple(cohort.class_names),
+        modality=cohort.modality,
+        spacing_mm=spacing,
+        intensity=parent.intensity if parent else _intensity(cohort, labelled),
+        labelled=labelled,
+        unlabelled=unlabelled or labelled,
+        validation=validation,
+        flip_axes=flip_axes,
+        swap=swap,
+    )
+    notes += [flip_note] if flip_note else []
+    notes += _patch_notes(config, cohort, plan)
+    return dataclasses.replace(plan, notes=tuple(notes))
+
+
+def choose_labelled(config: TrainRunConfig, cohort: Cohort, labelled: Sequence[ScanRecord]) -> tuple[str, ...]:
+    """The labelled training scans: named, or the first `labeled_scans` of one seeded order, so subsets are nested."""
+    ids = sorted(r.scan_id for r in labelled)
+    if not ids:
+        raise DataError(
+            "the cohort has no labelled training scan",
+            where=cohort.path,
+            rule="training needs at least one",
+            fix="ingest a source with label files",
+        )
+    if config.data.labeled_ids is not None:
+        unknown = sorted(set(config.data.labeled_ids) - set(ids))
+        if unknown:
+            raise ConfigError(
+                "not a labelled training scan of the cohort",
+                where="data.labeled_ids",
+                value=", ".join(unknown),
+                fix="distseg cohort cohort=... lists them",
+            )
+        return tuple(sorted(config.data.labeled_ids))
+    wanted = config.data.labeled_scans
+    if wanted is None:
+        return tuple(ids)
+    if wanted > len(ids):
+        raise ConfigError(
+            "more labelled scans asked for than there are",
+            where="data.labeled_scans",
+            value=wanted,
+            rule=f"the cohort has {len(ids)} labelled training scans",
+            fix=f"set data.labeled_scans={len(ids)} or less",
+        )
+    order = generator(config.data.subset_seed, Purpose.SUBSET).permutation(len(ids))
+    return tuple(sorted(ids[i] for i in order[:wanted]))
+
+
+def _check_classes(cohort: Cohort, labelled: Sequence[str]) -> None:
+    by_id = {r.scan_id: r for r in cohort.records}
+    for name in cohort.class_names[1:]:
+        if not any(by_id[scan].voxels.get(name, 0) for scan in labelled):
+            raise DataError(
+                f"class {name} has no voxel in any of the {len(labelled)} labelled training scans",
+                where=cohort.path,
+                rule="every class must occur in the labels that train",
+                fix="choose more or other labelled scans (data.labeled_scans, data.subset_seed, data.labeled_ids)",
+            )
+
+
+def _spacing(config: TrainRunConfig, cohort: Cohort, labelled: Sequence[str]) -> tuple[float, float, float]:
+    if config.data.spacing_mm is not None:
+        z, y, x = (float(s) for s in config.data.spacing_mm)
+    else:
+        chosen = set(labelled)
+        spacings = np.asarray([r.spacing_mm for r in cohort.records if r.scan_id in chosen])
+        z, y, x = (round(float(s), 4) for s in np.median(spacings, axis=0))
+    return z, y, x
+
+
+def _intensity(cohort: Cohort, labelled: Sequence[str]) -> Intensity:
+    scans = [cohort.scan(scan_id) for scan_id in labelled]
+    values = [f.values for scan in scans for f in scan.foreground.values()]
+    return Intensity.of_training_foreground(cohort.modality, values)
+
+
+def _flips(
+    config: TrainRunConfig, class_names: Sequence[str]
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], str | None]:
+    """Axes that may flip and classes that swap with the left-right one (METHOD trap 8)."""
+    if not config.augment.flip:
+        return (), (), None
+    if config.data.mirror_pairs is not None:
+        return (0, 1, 2), tuple(_pair(pair, class_names) for pair in config.data.mirror_pairs), None
+    lateral = lateral_classes(class_names)
+    if lateral:
+        note = f"left-right flips are off: {', '.join(lateral)} have a side (data.mirror_pairs turns them on, swapped)"
+        return tuple(axis for axis in (0, 1, 2) if axis != LEFT_RIGHT), (), note
+    return (0, 1, 2), (), None
+
+
+def _pair(pair: Sequence[str], class_names: Sequence[str]) -> tuple[int, int]:
+    if len(pair) != 2 or any(name not in class_names for name in pair):
+        raise ConfigError(
+            "not a pair of classes",
+            where="data.mirror_pairs",
+            value=list(pair),
+            rule=f"two of {', '.join(class_names[1:])}",
+            fix="set data.mirror_pairs=[[left_a,right_a]]",
+        )
+    return class_names.index(pair[0]), class_names.index(pair[1])
+
+
+def _patch_notes(config: TrainRunConfig, cohort: Cohort, plan: Plan) -> list[str]:
+    """A patch larger than a scan is padded with the scan's minimum; say how often."""
+    ids = set(plan.labelled) | set(plan.unlabelled)
+    patch_mm = np.asarray(config.sampling.patch_zyx) * np.asarray(plan.spacing_mm)
+    small = [
+        r for r in cohort.records
+        if r.scan_id in ids and np.any(np.asarray(r.shape) * np.asarray(r.spacing_mm) < patch_mm)
+    ]  # fmt: skip
+    return [f"{len(small)} of {len(ids)} scans are smaller than a patch and are padded"] if small else []
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,132 @@
+"""The run directory: what a run is, where it stands, and whether the same command may go on with it.
+
+    RUN/
+      config.yaml      resolved config and plan, its identity hash, versions of what ran
+      metrics.jsonl    one line a step; cut back to the checkpoint on resume
+      checkpoints/     see training/checkpoint.py
+      model/           see inference/model.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from distseg import __version__
+from distseg.config.compose import from_plain, identity, identity_hash, recipe_hash, to_plain
+from distseg.config.schema import TrainRunConfig
+from distseg.errors import DataError, RunMismatchError
+from distseg.training.plan import Plan
+
+FORMAT = 1
+
+
+class StoredRun(NamedTuple):
+    config: TrainRunConfig
+    plan: Plan
+
+
+class RunDirectory:
+    """Paths and small files of one run. Rank 0 writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+
+    def stored(self) -> StoredRun | None:
+        """The run that lives here, or None. Raises DataError where config.yaml cannot be read."""
+        if not self.config_file.exists():
+            return None
+        try:
+            content = yaml.safe_load(self.config_file.read_text())
+            if content["format"] != FORMAT:
+                raise DataError("run of another format", where=self.config_file, value=content["format"])
+            return StoredRun(from_plain(content["config"], TrainRunConfig), Plan.from_plain(content["plan"]))
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            raise DataError(f"unreadable run: {type(error).__name__} {error}", where=self.config_file) from error
+
+    def check_same(self, config: TrainRunConfig, stored: StoredRun) -> None:
+        """Raises RunMismatchError, with the difference, if another run lives here."""
+        old, new = identity(stored.config), identity(config)
+        differences = [f"{k}: {old.get(k)} there, {new.get(k)} asked" for k in sorted(old | new) if old.get(k) != new.get(k)]
+        if differences:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise RunMismatchError(
+                "another run lives here",
+                where=self.path,
+                value="; ".join(differences[:3]) + more,
+                fix="take another run= directory, or repeat the command it was made with",
+            )
+
+    def create(self, config: TrainRunConfig, plan: Plan) -> None:
+        """Make the directory and write config.yaml, whole or not at all."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot make the run directory: {error.strerror}", where=self.path) from error
+        content = {
+            "format": FORMAT,
+            "identity": identity_hash(config),
+            "recipe": recipe_hash(config),
+            "config": to_plain(config),
+            "plan": plan.to_plain(),
+            "versions": _versions(),
+        }
+        write_atomic(self.config_file, yaml.safe_dump(content, sort_keys=False))
+
+    def cut_metrics(self, last_step: int) -> None:
+        """Drop lines after `last_step`, and a last line that was cut short."""
+        if not self.metrics_file.exists():
+            return
+        kept = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= last_step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+        write_atomic(self.metrics_file, "".join(f"{line}\n" for line in kept))
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        if not self.metrics_file.exists():
+            return []
+        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+
+
+def write_atomic(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _json_number(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    found = {"distseg": __version__, "python": platform.python_version()}
+    for package in ("torch", "monai", "zarr", "numpy", "ray", "faiss-cpu", "faiss-gpu"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

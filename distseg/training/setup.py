@@ -1,0 +1,221 @@
+"""Everything a run needs before its first step: the plan, the networks, the feed, and where it left off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distseg.config.schema import TrainRunConfig
+from distseg.data.cohort import Cohort
+from distseg.data.keys import Purpose, torch_seed
+from distseg.data.patches import PatchReader
+from distseg.data.slots import SlotSampler
+from distseg.errors import ConfigError
+from distseg.inference.model import build_network
+from distseg.methods import make_method
+from distseg.methods.base import Method
+from distseg.networks.ema import make_teacher
+from distseg.training.checkpoint import Checkpoint, load_newest
+from distseg.training.feed import Feed
+from distseg.training.plan import Plan, make_plan
+from distseg.training.reduce import Communicator, FlatGradients
+from distseg.training.run import RunDirectory
+from distseg.training.step import Learner, StepSettings
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of the weights
+
+
+@dataclass(frozen=True)
+class Session:
+    """One rank's side of a run."""
+
+    config: TrainRunConfig
+    plan: Plan
+    run: RunDirectory
+    learner: Learner
+    method: Method
+    reader: PatchReader
+    feed: Feed
+    settings: StepSettings
+    device: torch.device
+    dtype: torch.dtype
+    first_step: int
+    schedule_offset: int  # steps of the runs this one branched from
+
+
+def open_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:
+    """The run directory of `config`, created or found, and its plan. Rank 0 or the driver only, before any rank starts.
+
+    Raises RunMismatchError if another run lives there, ConfigError or DataError where config and data do not fit.
+    """
+    run = RunDirectory(config.run)
+    stored = run.stored()
+    if stored is not None:
+        run.check_same(config, stored)
+        return run, stored.plan
+    parent = _parent(config)
+    plan = make_plan(config, Cohort.open(config.cohort), parent=parent)
+    run.create(config, plan)
+    return run, plan
+
+
+def start_session(config: TrainRunConfig, communicator: Communicator) -> Session:
+    """Build this rank's side of a run that `open_run` has opened."""
+    run = RunDirectory(config.run)
+    stored = run.stored()
+    if stored is None:
+        raise RuntimeError("open_run comes first")  # an invariant of the launchers
+    plan = stored.plan
+    device = torch.device("cuda", torch.cuda.current_device()) if _wants_gpu(config) else torch.device("cpu")
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = _DTYPES[precision]
+    torch.manual_seed(torch_seed(config.seed, Purpose.INITIAL_WEIGHTS))
+    student = build_network(
+        config.network,
+        num_classes=plan.num_classes,
+        activation_checkpointing=config.train.activation_checkpointing,
+    ).to(device=device, dtype=dtype)
+    optimizer = torch.optim.Adam(
+        student.parameters(), lr=config.optimizer.lr, betas=tuple(config.optimizer.betas), fused=True
+    )
+    teacher = make_teacher(student)
+    checkpoint, branched = _where_it_left_off(config, run)
+    first_step, offset = 1, 0
+    if checkpoint is not None:
+        student.load_state_dict(checkpoint.student)
+        teacher.load_state_dict(checkpoint.student if branched else checkpoint.teacher)
+        optimizer.load_state_dict(checkpoint.optimizer)
+        first_step = 1 if branched else checkpoint.step + 1
+        offset = checkpoint.schedule_step - (0 if branched else checkpoint.step)
+    method = make_method(config, num_classes=plan.num_classes)
+    cohort = Cohort.open(config.cohort)
+    reader = PatchReader(
+        cohort,
+        spacing_mm=plan.spacing_mm,
+        intensity=plan.intensity,
+        memory_nbytes=int(config.data.memory_gib * 2**30),
+    )
+    return Session(
+        config=config,
+        plan=plan,
+        run=run,
+        learner=Learner(student.train(), teacher, optimizer, FlatGradients(student.parameters())),
+        method=method,
+        reader=reader,
+        feed=_feed(config, plan, cohort, reader, method, communicator),
+        settings=_settings(config, device, precision),
+        device=device,
+        dtype=dtype,
+        first_step=first_step,
+        schedule_offset=offset,
+    )
+
+
+def _settings(config: TrainRunConfig, device: torch.device, precision: str) -> StepSettings:
+    return StepSettings(
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        slots_per_pass=config.train.slots_per_pass or config.train.batch_size,
+        keyed=device.type == "cpu",
+        ema_decay=config.train.ema_decay,
+        student_noise_sigma=config.augment.student_noise_sigma,
+        autocast=torch.bfloat16 if precision == "bfloat16" else None,
+    )
+
+
+def _feed(
+    config: TrainRunConfig,
+    plan: Plan,
+    cohort: Cohort,
+    reader: PatchReader,
+    method: Method,
+    communicator: Communicator,
+) -> Feed:
+    sampler = SlotSampler(
+        reader,
+        labelled=plan.labelled,
+        unlabelled=plan.unlabelled,
+        patch_zyx=config.sampling.patch_zyx,
+        foreground_share=config.sampling.foreground_share,
+        augmentation=plan.augmentation(config),
+        seed=config.seed,
+    )
+    annotated = frozenset(r.scan_id for r in cohort.records if r.labelled)
+    return Feed(
+        sampler,
+        slots=tuple(range(communicator.rank, config.train.batch_size, communicator.world_size)),
+        num_classes=plan.num_classes,
+        references=(config.references.k, config.references.draws) if method.needs_references else None,
+        needs_unlabelled=method.uses_unlabelled,
+        truth_of=annotated if config.train.diagnostics else frozenset(),
+    )
+
+
+def _wants_gpu(config: TrainRunConfig) -> bool:
+    if config.resources.gpus_per_worker <= 0:
+        return False
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "this worker sees no GPU",
+            where="resources.gpus_per_worker",
+            value=config.resources.gpus_per_worker,
+            fix="set resources.gpus_per_worker=0, or run where torch.cuda.is_available()",
+        )
+    return True
+
+
+def _parent(config: TrainRunConfig) -> Plan | None:
+    """The plan of the run to branch from, if its network and classes fit."""
+    if config.train.init_from is None:
+        return None
+    parent = RunDirectory(config.train.init_from).stored()
+    if parent is None:
+        raise ConfigError(
+            "no run to branch from", where="train.init_from", value=config.train.init_from, fix="train that run first"
+        )
+    if parent.config.network != config.network:
+        raise ConfigError(
+            "the run to branch from has another network",
+            where="train.init_from",
+            value=config.train.init_from,
+            rule=f"its network is {parent.config.network}",
+            fix="use the same preset and network keys",
+        )
+    classes = tuple(Cohort.open(config.cohort).class_names)
+    if parent.plan.class_names != classes:
+        raise ConfigError(
+            "the run to branch from has other classes",
+            where="train.init_from",
+            value=", ".join(parent.plan.class_names),
+            rule=f"the cohort has {', '.join(classes)}",
+        )
+    wanted = config.data.spacing_mm
+    if wanted is not None and tuple(wanted) != parent.plan.spacing_mm:
+        raise ConfigError(
+            "the run to branch from has another spacing",
+            where="data.spacing_mm",
+            value=wanted,
+            rule=f"the parent's is {list(parent.plan.spacing_mm)}",
+            fix="leave data.spacing_mm out",
+        )
+    return parent.plan
+
+
+def _where_it_left_off(config: TrainRunConfig, run: RunDirectory) -> tuple[Checkpoint | None, bool]:
+    """The checkpoint to start from and whether it is another run's (a branch), not this one's."""
+    own = load_newest(run.checkpoints)
+    if own is not None or config.train.init_from is None:
+        return own, False
+    parent = load_newest(Path(config.train.init_from) / "checkpoints")
+    if parent is None:
+        raise ConfigError(
+            "the run to branch from has no checkpoint",
+            where="train.init_from",
+            value=config.train.init_from,
+            fix="let that run reach its end first",
+        )
+    return parent, True

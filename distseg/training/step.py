@@ -1,0 +1,164 @@
+"""One gradient step of the teacher-student loop: read this first.
+
+A slot is one labelled and one unlabelled patch. Noise and dropout belong to the slot's key, every term is a value per
+slot, and the loss is their mean over the global batch. So the result depends neither on how many ranks share the slots
+nor on where a run was interrupted.
+
+Shapes: B slots of this rank, K classes, E embedding width, Z Y X voxels.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distseg.data.batch import Batch
+from distseg.data.keys import Purpose, torch_generators, torch_seed
+from distseg.losses.supervised import supervised_loss
+from distseg.methods.base import At, Method, Terms
+from distseg.networks.dropout import keyed
+from distseg.networks.ema import ema_decay, update_teacher
+from distseg.networks.stochastic import add_noise
+from distseg.networks.unet import NetworkOutput, UNet3D
+from distseg.training.clock import Clock
+from distseg.training.reduce import Communicator, FlatGradients
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a step changes."""
+
+    student: UNet3D
+    teacher: UNet3D
+    optimizer: torch.optim.Optimizer
+    gradients: FlatGradients
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What stays the same from step to step."""
+
+    seed: int
+    batch_size: int  # slots over all ranks
+    slots_per_pass: int  # of this rank's slots, how many run as one batch: less memory, the same result
+    keyed: bool  # noise and dropout by slot; off on a GPU, where a rank draws for all its slots at once
+    ema_decay: float
+    student_noise_sigma: float
+    autocast: torch.dtype | None = None  # of the networks; losses are float32 or better
+
+    def precision(self, device: torch.device) -> AbstractContextManager[object]:
+        return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
+
+
+def training_step(
+    learner: Learner,
+    batch: Batch,
+    *,
+    method: Method,
+    at: At,
+    settings: StepSettings,
+    communicator: Communicator,
+    clock: Clock,
+) -> dict[str, Tensor]:
+    """One step on this rank's slots; a collective: all ranks must call. Returns sums over all slots (see `record`)."""
+    student, teacher, s = learner.student, learner.teacher, settings
+    weights = {"supervised": 1.0, **method.weights(at)}
+    logged: dict[str, Tensor] = {}
+    learner.gradients.zero()
+    for slots in batch.micro_batches(s.slots_per_pass):
+        with s.precision(slots.labelled_image.device):
+            targets = method.teach(teacher, slots, at, _randomness(s, Purpose.TEACHER, slots, method.teacher_passes))
+            labelled, unlabelled = _student_pass(student, slots, s, with_unlabelled=method.uses_unlabelled)
+
+        terms = Terms({})
+        if unlabelled is not None:
+            with clock.section("matching"):
+                terms = method.terms(unlabelled, targets)
+            _count_foreground(logged, "foreground_unlabelled", unlabelled)
+
+        losses = {"supervised": supervised_loss(labelled.logits, slots.labelled_target), **terms.losses}
+        loss = sum_of(weights[name] * value.sum() for name, value in losses.items()) / s.batch_size
+        with clock.section("network"):
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+        _count_foreground(logged, "foreground_labelled", labelled)
+        _log(logged, losses, terms, targets.threshold_nats)
+
+    logged = learner.gradients.sum_over_ranks(communicator, logged)
+    learner.optimizer.step()
+    update_teacher(teacher, student, decay=ema_decay(at.step, s.ema_decay))
+    return logged
+
+
+def record(logged: dict[str, float], *, method: Method, at: At, batch_size: int) -> dict[str, float | int | None]:
+    """The summed numbers of a step as one line of metrics.jsonl: `loss` = sum of weight x term. None where a share
+    has nothing to be a share of."""
+    weights = {"supervised": 1.0, **method.weights(at)}
+    row: dict[str, float | int | None] = {"step": at.step, "loss": 0.0}
+    loss = 0.0
+    for name, weight in weights.items():
+        term = logged[f"loss_{name}"] / batch_size
+        row[f"loss_{name}"], row[f"weight_{name}"] = term, weight
+        loss += weight * term
+    row["loss"] = loss
+    if "threshold_nats" in logged:
+        row["threshold_nats"] = logged["threshold_nats"] / batch_size
+    for name in [n.removesuffix("/part") for n in logged if n.endswith("/part")]:
+        whole = logged[f"{name}/whole"]
+        row[name] = logged[f"{name}/part"] / whole if whole else None
+    return row
+
+
+def sum_of(values: object) -> Tensor:
+    return torch.stack(list(values)).sum()  # type: ignore[call-overload, no-any-return]  # an iterable of tensors
+
+
+def _student_pass(
+    student: UNet3D, slots: Batch, settings: StepSettings, *, with_unlabelled: bool
+) -> tuple[NetworkOutput, NetworkOutput | None]:
+    """The student on labelled and unlabelled patches as one batch; outputs in float32 or better."""
+    images, draws = slots.labelled_image, _randomness(settings, Purpose.STUDENT_LABELLED, slots)
+    if with_unlabelled:
+        images = torch.cat([images, slots.unlabelled_image])
+        more = _randomness(settings, Purpose.STUDENT_UNLABELLED, slots)
+        draws = None if draws is None or more is None else [*draws, *more]
+    with keyed(student, draws):
+        output = student(add_noise(images, settings.student_noise_sigma, generators=draws))
+    logits, embeddings = (t if t.dtype == torch.float64 else t.float() for t in output)
+    batch = len(slots.slots)
+    labelled = NetworkOutput(logits[:batch], embeddings[:batch])
+    return labelled, NetworkOutput(logits[batch:], embeddings[batch:]) if with_unlabelled else None
+
+
+def _randomness(
+    settings: StepSettings, purpose: Purpose, slots: Batch, passes: int = 1
+) -> list[torch.Generator] | None:
+    """A generator per (pass, slot); or, where draws are not by slot, None and torch's global one seeded."""
+    if settings.keyed:
+        return torch_generators(settings.seed, purpose, slots.step, slots.slots, passes)
+    torch.manual_seed(torch_seed(settings.seed, purpose, slots.step, slots.slots[0]))
+    return None
+
+
+def _count_foreground(logged: dict[str, Tensor], name: str, output: NetworkOutput) -> None:
+    """The predicted foreground share: the alarm for flood and collapse (METHOD traps 9 and 10)."""
+    predicted = output.logits.detach().argmax(1)
+    _add(logged, f"{name}/part", (predicted > 0).sum())
+    _add(logged, f"{name}/whole", predicted.new_full((), predicted.numel()))
+
+
+def _log(logged: dict[str, Tensor], losses: dict[str, Tensor], terms: Terms, threshold: Tensor | None) -> None:
+    for name, value in losses.items():
+        _add(logged, f"loss_{name}", value.detach().sum())
+    for name, (part, whole) in terms.shares.items():
+        _add(logged, f"{name}/part", part.sum())
+        _add(logged, f"{name}/whole", whole.sum())
+    if threshold is not None:
+        _add(logged, "threshold_nats", threshold.sum())
+
+
+def _add(logged: dict[str, Tensor], name: str, value: Tensor) -> None:
+    logged[name] = logged[name] + value if name in logged else value
