@@ -52,12 +52,7 @@ _PANELS = (
         common="foreground_",
     ),
     _Panel("Age of the references", "steps", keys=("bank_age_steps",)),
-    _Panel(
-        "Validation: overlap",
-        "share",
-        keys=("val_dice", "val_iou", "val_dice_student", "val_dice_teacher"),
-        common="val_",
-    ),
+    _Panel("Validation patches", "share", keys=("val_dice", "val_dice_teacher"), common="val_"),
 )
 
 

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 TRUTH_COLOUR, PREDICTION_COLOUR = "#56B4E9", "#E69F00"
 CT_WINDOW_HU = (-350.0, 650.0)  # centre 150, width 1000: soft tissue stays grey, bone stays below white
@@ -43,7 +44,11 @@ class Plane:
     letters: tuple[str, str, str, str]
 
 
-_WRITING: dict[str, Any] = {"color": "white", "fontsize": 8}
+_WRITING: dict[str, Any] = {
+    "color": "white",
+    "fontsize": 8,
+    "path_effects": [withStroke(linewidth=1.6, foreground="black")],  # readable on bone
+}
 
 # axis it cuts -> name, letters left right top bottom, whether rows run upwards (superior on top)
 _VIEWS = {
@@ -60,7 +65,7 @@ def central_index(mask: np.ndarray, axis: int) -> int:
     """
     areas = np.count_nonzero(mask, axis=tuple(a for a in range(3) if a != axis))
     if not areas.any():
-        return mask.shape[axis] // 2
+        return int(mask.shape[axis]) // 2
     positions = np.arange(len(areas))
     centre = (areas * positions).sum() / areas.sum()
     eligible = positions[areas * 2 >= areas.max()]
@@ -183,13 +188,13 @@ def _draw_plane(axes: Axes, plane: Plane, window: tuple[float, float], *, letter
     rows, columns = plane.image.shape
     xs = (np.arange(columns + 2) - 0.5) * width / columns  # centres of the voxels and of a frame around them
     ys = (np.arange(rows + 2) - 0.5) * height / rows
-    for mask, colour, style, line_width in (
-        (plane.truth, TRUTH_COLOUR, "solid", 1.6),
-        (plane.prediction, PREDICTION_COLOUR, "solid", 0.9),
+    for mask, colour, line_width in (
+        (plane.truth, TRUTH_COLOUR, 2.6),
+        (plane.prediction, PREDICTION_COLOUR, 1.0),
     ):
         for value in np.unique(mask[mask > 0]):
             framed = np.pad((mask == value).astype(np.float32), 1)
-            axes.contour(xs, ys, framed, levels=[0.5], colors=[colour], linestyles=[style], linewidths=[line_width])
+            axes.contour(xs, ys, framed, levels=[0.5], colors=[colour], linewidths=[line_width])
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[], aspect="equal")
     axes.set_facecolor("black")
     if letters:
@@ -207,7 +212,7 @@ def _draw_plane(axes: Axes, plane: Plane, window: tuple[float, float], *, letter
 
 def _outline_handles() -> list[Line2D]:
     return [
-        Line2D([], [], color=TRUTH_COLOUR, linewidth=2.4, label="truth (drawn by hand)"),
+        Line2D([], [], color=TRUTH_COLOUR, linewidth=2.4, label="truth (annotation)"),
         Line2D([], [], color=PREDICTION_COLOUR, linewidth=1.6, label="prediction"),
     ]
 

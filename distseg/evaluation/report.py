@@ -69,7 +69,7 @@ def _lead(content: ReportContent) -> str:
     trained = f", trained with the method {content.method.replace('_', ' ')}," if content.method else ""
     text = (
         f"The network{trained} outlined {objects} on {scans} of the cohort {metrics['cohort']} ({split}); each result "
-        "was compared with the outline drawn by hand, at the scan's own resolution."
+        "was compared with the scan's annotation, at the scan's own resolution."
     )
     dice = metrics["mean"]["dice"]
     facts = [
@@ -81,7 +81,7 @@ def _lead(content: ReportContent) -> str:
     tiles = "".join(f"<div><b>{escape(value)}</b><span>{label}</span></div>" for value, label in facts)
     asked = f"These figures are the {metrics['network']} network's, checkpoint {metrics['checkpoint']}."
     if skipped:
-        asked += f" {_count(skipped, 'scan')} without an outline drawn by hand left out."
+        asked += f" {_count(skipped, 'scan')} without annotation left out."
     return f"<p class=lead>{escape(text)}</p><div class=tiles>{tiles}</div><p class=note>{escape(asked)}</p>"
 
 
@@ -120,7 +120,7 @@ def _how_to_read() -> str:
     terms = (
         (
             "Dice and IoU",
-            "How much the predicted and the hand-drawn region overlap: 1 is the same region, 0 no overlap. IoU is the "
+            "How much the predicted and the annotated region overlap: 1 is the same region, 0 no overlap. IoU is the "
             "shared volume divided by the volume of both together; Dice, the shared volume divided by their average, "
             "is always the higher of the two.",
         ),
@@ -163,7 +163,7 @@ def _scan_table(content: ReportContent) -> str:
     )
     head = (
         "<tr><th>Scan<th>Structure<th>Dice<th>IoU<th>HD95, mm<th>Mean distance, mm"
-        "<th>Drawn, ml<th>Predicted, ml<th></tr>"
+        "<th>Annotated, ml<th>Predicted, ml<th></tr>"
     )
     note = f"<p class=note>The {escape(network)} network, as predicted; lowest Dice first.</p>"
     return f"{note}<div class=scroll><table><thead>{head}</thead><tbody>{body}</tbody></table></div>"

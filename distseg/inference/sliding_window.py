@@ -217,7 +217,7 @@ def _predict_row(
     batch_size: int,
     device: torch.device | str,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (index, class probabilities [K, pZ, pY, pX]) of each window. `blank` keeps the last blank one per network."""
+    """Yield (index, class probabilities [K, pZ, pY, pX]) of each window. `blank` keeps a network's last blank one."""
     varied = []
     for i, window in enumerate(windows):
         low, high = (float(bound) for bound in window.aminmax())
