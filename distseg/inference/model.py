@@ -123,7 +123,7 @@ def load_model(run: str | Path) -> Model:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"unreadable model: {type(error).__name__} {error}", where=folder) from error
+        raise DataError(f"unreadable model: {type(error).__name__}: {str(error)[:200]}", where=folder) from error
     return Model(info, networks)
 
 

@@ -17,7 +17,7 @@ from distseg.errors import DataError
 from distseg.inference.model import Model, load_model
 from distseg.inference.sliding_window import segment
 
-WINDOWS_A_BATCH_ON_GPU = 4  # on a CPU one window at a time fills the caches already
+WINDOWS_A_BATCH = 4  # a batch of one misses torch's fast convolutions on a CPU (tests/bench/RESULTS.md)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def segment_scan(
         fill=intensity.minimum,
         predict={name: _logits_of(model.networks[name]) for name in networks},
         num_classes=len(model.class_names),
-        batch_size=WINDOWS_A_BATCH_ON_GPU if device.type == "cuda" else 1,
+        batch_size=WINDOWS_A_BATCH,
         device=device,
         output_shape=output_shape,
         output_spacing_mm=output_spacing_mm,

@@ -93,6 +93,12 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("step_*") if p.is_dir())
 
 
+def newest_step(root: Path) -> int:
+    """Of the newest checkpoint, whole or not; 0 if there is none."""
+    folders = list_checkpoints(root)
+    return int(folders[-1].name.removeprefix("step_")) if folders else 0
+
+
 def load_newest(root: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; a damaged one is passed over with a warning. None if there is none."""
     for folder in reversed(list_checkpoints(root)):

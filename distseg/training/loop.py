@@ -93,7 +93,7 @@ def train_rank(config: TrainRunConfig, *, communicator: Communicator, reporter: 
     if leads:
         _write_model(session)
     communicator.barrier()
-    return TrainResult(config.run, total, session.first_step - 1, _last_row(session.run))
+    return TrainResult(config.run, total, session.first_step - 1, session.run.last_metrics() or {})
 
 
 def _set_lr(session: Session, step: int) -> None:
@@ -184,11 +184,6 @@ def _write_model(session: Session) -> None:
         checkpoint=config.train.select,
     )
     save_model(session.run.model, info, {"student": chosen.student, "teacher": chosen.teacher})
-
-
-def _last_row(run: RunDirectory) -> dict[str, Any]:
-    rows = run.metrics()
-    return rows[-1] if rows else {}
 
 
 def set_threads(config: TrainRunConfig, cores: int) -> None:

@@ -27,6 +27,7 @@ from distseg.errors import DataError, RunMismatchError
 from distseg.training.plan import Plan
 
 FORMAT = 1
+_TAIL_NBYTES = 16_384  # holds several lines
 
 
 class StoredRun(NamedTuple):
@@ -101,6 +102,16 @@ class RunDirectory:
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n")
+
+    def last_metrics(self) -> dict[str, Any] | None:
+        """The last whole line, read from the end of a file that may be long and still be written to."""
+        try:
+            with self.metrics_file.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_NBYTES))
+                lines = file.read().split(b"\n")[:-1]  # what follows the last newline is unfinished
+        except FileNotFoundError:
+            return None
+        return json.loads(lines[-1]) if lines else None
 
     def metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_file.exists():
