@@ -99,11 +99,12 @@ def _run_verb(verb: Verb, arguments: list[str]) -> int:
 def _call(verb: Verb, composed: DictConfig, notice: str, sweep_folder: str) -> None:
     from omegaconf import OmegaConf
 
-    from distseg.config.compose import from_plain
+    from distseg.config.compose import to_typed
 
     # Unresolved, so that an escaped "${" in a path is unescaped once only, by the typed config.
     plain = OmegaConf.to_container(composed, resolve=False)
-    config = from_plain(plain, verb.schema())  # type: ignore[arg-type]  # a DictConfig's container is a dict
+    node = OmegaConf.merge(OmegaConf.structured(verb.schema()), plain)
+    config = to_typed(node, verb.schema())  # type: ignore[arg-type]  # a structured config merged is a DictConfig
     if notice:
         print(notice, flush=True)
     if sweep_folder:
