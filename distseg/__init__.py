@@ -13,7 +13,13 @@ VERBS = ("benchmark", "cohort", "demo", "evaluate", "ingest", "predict", "train"
 __all__ = ["__version__", *VERBS]
 
 if TYPE_CHECKING:
-    from distseg.api import benchmark, cohort, demo, evaluate, ingest, predict, train
+    from distseg.api import benchmark as benchmark
+    from distseg.api import cohort as cohort
+    from distseg.api import demo as demo
+    from distseg.api import evaluate as evaluate
+    from distseg.api import ingest as ingest
+    from distseg.api import predict as predict
+    from distseg.api import train as train
 
 
 def __getattr__(name: str) -> Any:

@@ -108,6 +108,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         between("optimizer.lr", self.lr, 1e-8, 10.0)
+        require(len(self.betas) == 2, "optimizer.betas", self.betas, "two numbers", "set optimizer.betas=[0.9,0.99]")
         one_of("optimizer.schedule", self.schedule, ("constant", "poly"))
         if self.schedule_steps is not None:
             at_least("optimizer.schedule_steps", self.schedule_steps, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,20 +31,17 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """Tensors on `device`, images as `dtype`."""
-        moved = {}
+        moved: dict[str, Any] = {}
         for name, value in self._tensors():
             kind = dtype if value.is_floating_point() else value.dtype
             moved[name] = value.to(device=device, dtype=kind, non_blocking=True)
         return dataclasses.replace(self, **moved)
 
-    def pin(self) -> Batch:
-        return dataclasses.replace(self, **{name: value.pin_memory() for name, value in self._tensors()})
-
     def micro_batches(self, size: int) -> Iterator[Batch]:
         """Pieces of `size` slots, in slot order."""
         for start in range(0, len(self.slots), size):
             part = slice(start, start + size)
-            pieces = {name: value[part] for name, value in self._tensors()}
+            pieces: dict[str, Any] = {name: value[part] for name, value in self._tensors()}
             yield dataclasses.replace(self, slots=self.slots[part], scan_ids=self.scan_ids[part], **pieces)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -55,7 +53,7 @@ class Batch:
 
 def collate(slots: list[Batch]) -> Batch:
     """Batches of one slot each, joined in order. They share a step."""
-    tensors = {name: torch.cat([getattr(s, name) for s in slots]) for name, _ in slots[0]._tensors()}
+    tensors: dict[str, Any] = {name: torch.cat([getattr(s, name) for s in slots]) for name, _ in slots[0]._tensors()}
     return dataclasses.replace(
         slots[0],
         slots=tuple(n for s in slots for n in s.slots),

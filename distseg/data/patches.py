@@ -79,7 +79,8 @@ class PatchReader:
         kept = self._labels.get(scan_id)
         if kept is None and self._keep(scan.image.nbytes // scan.image.dtype.itemsize):
             kept = self._labels[scan_id] = self._read_label(scan, (0, 0, 0), self.shape(scan_id))
-        return self._read_label(scan, start, size) if kept is None else crop(kept, start, size, fill=0)
+        label = self._read_label(scan, start, size) if kept is None else crop(kept, start, size, fill=0)
+        return label.astype(np.uint8, copy=False)
 
     def _scan(self, scan_id: str) -> Scan:
         if scan_id not in self._scans:
@@ -119,7 +120,8 @@ class PatchReader:
     def _to_run_grid(self, scan: Scan, voxels: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         scale = np.asarray(scan.geometry.spacing_mm) / np.asarray(self._spacing)
         moved = np.floor((np.asarray(voxels) + 0.5) * scale).astype(np.int32)
-        return np.minimum(moved, np.asarray(self.shape(scan.scan_id), np.int32) - 1)
+        last: npt.NDArray[np.int32] = np.asarray(self.shape(scan.scan_id), np.int32) - 1
+        return np.minimum(moved, last, dtype=np.int32)
 
 
 def crop(

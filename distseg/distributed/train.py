@@ -58,7 +58,8 @@ def train_on_ray(config: TrainRunConfig) -> TrainResult:
                 name=f"launch-{time.time_ns()}",
                 storage_path=str(run.path / "ray"),
                 failure_config=ray.train.FailureConfig(
-                    max_failures=MAX_WORKER_FAILURES, controller_failure_limit=MAX_CONTROLLER_FAILURES
+                    max_failures=MAX_WORKER_FAILURES,
+                    controller_failure_limit=MAX_CONTROLLER_FAILURES,  # type: ignore[call-arg]  # V2's; the types are V1's
                 ),
             ),
         )
@@ -73,7 +74,7 @@ def train_on_ray(config: TrainRunConfig) -> TrainResult:
 def train_fn_per_worker(plain: dict[str, Any]) -> None:
     """Runs in each Ray Train worker."""
     config = from_plain(plain, TrainRunConfig)
-    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)  # type: ignore[no-untyped-call]  # Ray's
     set_threads(config, int(cpus) * config.resources.workers)
     communicator = TorchDistributed()
     if config.resources.gpus_per_worker > 0:

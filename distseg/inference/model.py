@@ -103,7 +103,7 @@ def save_model(folder: Path, info: ModelInfo, weights: Mapping[str, Mapping[str,
 
 
 def load_model(run: str | Path) -> Model:
-    """The model of a run directory (or a model directory itself). Raises DataError if there is none or it is damaged."""
+    """The model of a run (or model) directory. Raises DataError if there is none or it is damaged."""
     folder = Path(run)
     folder = folder if (folder / "model.json").exists() else folder / "model"
     file = folder / "model.json"
@@ -129,7 +129,7 @@ def load_model(run: str | Path) -> Model:
 
 def _info(content: dict[str, Any]) -> ModelInfo:
     names = {field.name for field in dataclasses.fields(ModelInfo)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k in names}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k in names}
     values["network"] = NetworkConfig(**content["network"])
     values["intensity"] = Intensity(**content["intensity"])
     return ModelInfo(**values)

@@ -27,7 +27,7 @@ def class_prototypes(embeddings: Tensor, reference_index: Tensor) -> Tensor:
     flat = embeddings.flatten(2)  # [B, E, V]
     index = reference_index.flatten(1)[:, None].expand(-1, flat.shape[1], -1)  # [B, E, K R]
     references = functional.normalize(flat.gather(2, index), dim=1)
-    return references.unflatten(2, (num_classes, count)).mean(3).transpose(1, 2)
+    return references.view(batch, -1, num_classes, count).mean(3).transpose(1, 2)
 
 
 def prototype_similarity(queries: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
@@ -42,4 +42,4 @@ def prototype_similarity(queries: Tensor, prototypes: Tensor, present: Tensor) -
     length = flat.square().sum(1, keepdim=True).clamp_min(1e-12).sqrt()  # [B, 1, V]
     similarity = torch.bmm(prototypes.to(flat.dtype), flat) / length  # [B, K, V]
     similarity = similarity.masked_fill(~present[:, :, None], NO_REFERENCES)
-    return similarity.unflatten(2, queries.shape[2:])
+    return similarity.view(-1, similarity.shape[1], *queries.shape[2:])

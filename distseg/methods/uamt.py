@@ -40,7 +40,8 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
         return Targets(label=label, reliable=reliable, logits=passes[0], threshold_nats=threshold)
 
     def terms(self, output: NetworkOutput, targets: Targets) -> Terms:
-        assert targets.logits is not None and targets.reliable is not None, "teach fills them in"
+        assert targets.logits is not None, "teach fills it in"
+        assert targets.reliable is not None, "teach fills it in"
         loss = consistency_loss(output.logits, targets.logits, targets.reliable)
         shares = {
             "coverage_reliable": share(targets.reliable),

@@ -38,12 +38,12 @@ class KeyedDropout(nn.Dropout):
 def _random_int16(like: Tensor, generator: torch.Generator) -> Tensor:
     """Uniform 16-bit numbers, four to a draw: on CPU several times faster than bernoulli_, which was 11 % of a step."""
     draws = torch.empty((like.numel() + 3) // 4, dtype=torch.int64, device=like.device)
-    draws.random_(-(2**63), None, generator=generator)  # type: ignore[call-overload]  # full range: torch's stub lacks None
+    draws.random_(-(2**63), None, generator=generator)  # None: the full range
     return draws.view(torch.int16)[: like.numel()].view(like.shape)
 
 
 @MonaiDropout.factory_function("keyed")
-def _keyed_dropout(dim: int) -> type[KeyedDropout]:
+def _keyed_dropout(_dim: int) -> type[KeyedDropout]:
     """Registered with MONAI's layer factory, so that its blocks can be built with it."""
     return KeyedDropout
 

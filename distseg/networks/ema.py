@@ -26,7 +26,7 @@ def ema_decay(step: int, decay: float) -> float:
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, *, decay: float) -> None:
     """teacher := decay x teacher + (1 - decay) x student, in place; buffers are copied."""
-    theirs = list(teacher.parameters())
+    theirs: list[torch.Tensor] = list(teacher.parameters())
     torch._foreach_lerp_(theirs, [p.detach() for p in student.parameters()], 1.0 - decay)
     for ours, buffer in zip(teacher.buffers(), student.buffers(), strict=True):
         ours.copy_(buffer)

@@ -38,12 +38,10 @@ def stochastic_logits(
         else:
             repeated = image.repeat(passes, 1, 1, 1, 1)
             output = network(add_noise(repeated, noise_sigma, noise_clip, generators))
-    return output.logits.unflatten(0, (passes, batch))
+    return output.logits.view(passes, batch, *output.logits.shape[1:])
 
 
-def add_noise(
-    image: Tensor, sigma: float, clip: float | None = None, generators: Generators | None = None
-) -> Tensor:
+def add_noise(image: Tensor, sigma: float, clip: float | None = None, generators: Generators | None = None) -> Tensor:
     """image [B, ...] + N(0, sigma^2), the noise clipped to +-clip where given. Intensities are z-scored."""
     if sigma == 0:
         return image

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from monai.networks.blocks import Convolution
+from monai.networks.blocks.convolutions import Convolution
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -54,7 +54,8 @@ class UNet3D(nn.Module):
         first = [base_filters * 2**level for level in range(levels)]  # filters of each level's first convolution
         second = [2 * f for f in first] if widening == "within" else first
         self.encoder = nn.ModuleList(
-            _level(below, a, b, encoder_rate) for below, a, b in zip([in_channels, *second], first, second, strict=False)
+            _level(below, a, b, encoder_rate)
+            for below, a, b in zip([in_channels, *second], first, second, strict=False)
         )
         self.pool = nn.MaxPool3d(2)
         self.embedding_width = 2 * base_filters
@@ -85,10 +86,8 @@ class UNet3D(nn.Module):
         return self.decode(self.encode(x))
 
     def _run(self, level: nn.Module, x: Tensor) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            out: Tensor = checkpoint(level, x, use_reentrant=False)  # type: ignore[no-untyped-call]  # torch's own
-            return out
-        out = level(x)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        out: Tensor = checkpoint(level, x, use_reentrant=False) if recompute else level(x)
         return out
 
 

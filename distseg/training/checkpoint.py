@@ -1,9 +1,9 @@
 """Checkpoints: written whole or not at all, checksummed, and the only truth a run resumes from.
 
-    checkpoints/step_0000400/
-      student.safetensors  teacher.safetensors
-      optimizer.pt         tensors and numbers only: loaded with weights_only=True
-      state.json           format, step, schedule_step, and the SHA-256 of each file above
+checkpoints/step_0000400/
+  student.safetensors  teacher.safetensors
+  optimizer.pt         tensors and numbers only: loaded with weights_only=True
+  state.json           format, step, schedule_step, and the SHA-256 of each file above
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         state = json.loads((folder / "state.json").read_text())
         if state["format"] != FORMAT:
-            raise DataError("checkpoint of another format", where=folder, value=state["format"], rule=f"must be {FORMAT}")
+            raise DataError(
+                "checkpoint of another format", where=folder, value=state["format"], rule=f"must be {FORMAT}"
+            )
         for name in _FILES:
             if _sha256(folder / name) != state["sha256"][name]:
                 raise DataError("checkpoint file does not match its checksum", where=folder / name)

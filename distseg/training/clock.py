@@ -26,7 +26,7 @@ class Clock:
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
         if self._on_gpu:
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
             start.record()
             yield
             stop.record()

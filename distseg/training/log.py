@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, warnings. Rank 0 writes; every rank checks its numbers."""
+"""What a run says while it trains: metrics.jsonl, TensorBoard, warnings. Rank 0 writes; all ranks check."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from distseg.config.schema import LoggingConfig
 from distseg.errors import NonFiniteLossError
 from distseg.methods.base import At, Method
+from distseg.training.alarms import WINDOW, Alarms
 from distseg.training.clock import Clock
 from distseg.training.run import RunDirectory
 from distseg.training.step import record
@@ -54,6 +55,7 @@ class StepLog:
         self._clock, self._reporter, self._config, self._flush_steps = clock, reporter, config, flush_steps
         self._pending: list[tuple[At, tuple[str, ...], Tensor, tuple[str, ...], dict[str, float]]] = []
         self._waited_s, self._since = 0.0, time.perf_counter()
+        self._alarms = Alarms(run.metrics()[-WINDOW:])
         self._writer = _tensorboard(run, config) if reporter is not None else None
 
     def waited(self, seconds: float) -> None:
@@ -87,6 +89,7 @@ class StepLog:
             logged = dict(zip(names, values.tolist(), strict=True))
             row = {**record(logged, method=self._method, at=at, batch_size=self._batch_size), **extra, **times}
             _refuse_non_finite(row, scan_ids)
+            row.update(self._alarms.of(row))
             if self._reporter is not None:
                 self._run.append_metrics(row)
                 self._to_tensorboard(row)

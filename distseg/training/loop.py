@@ -1,4 +1,4 @@
-"""The training loop of one rank: plain torch, given who to talk to. Ray Train and a single process run this same loop."""
+"""The training loop of one rank: plain torch, given who to talk to. Ray Train and one process run the same loop."""
 
 from __future__ import annotations
 

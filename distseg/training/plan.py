@@ -40,9 +40,7 @@ class Plan:
         return len(self.class_names)
 
     def augmentation(self, config: TrainRunConfig) -> Augmentation:
-        return Augmentation(
-            self.flip_axes, config.augment.intensity_scale, config.augment.intensity_shift, self.swap
-        )
+        return Augmentation(self.flip_axes, config.augment.intensity_scale, config.augment.intensity_shift, self.swap)
 
     def to_plain(self) -> dict[str, Any]:
         plain = dataclasses.asdict(self)

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from distseg.training.alarms import alarm_text
+
 
 class TerminalReporter:
     """Draws on stderr, so that stdout stays for results. Use as a context manager."""
@@ -26,6 +28,7 @@ class TerminalReporter:
             console=self._console,
             disable=not enabled,
         )
+        self._told: set[str] = set()  # each alarm once
         self._task = self._progress.add_task(title, total=None, figures="starting")
 
     def __enter__(self) -> TerminalReporter:
@@ -38,6 +41,9 @@ class TerminalReporter:
         self._progress.stop()
 
     def step(self, row: Mapping[str, Any], total_steps: int) -> None:
+        for name in [n for n in row if n.startswith("alarm_") and n not in self._told]:
+            self._told.add(name)
+            self.note(alarm_text(name, row))
         self._progress.update(self._task, total=total_steps, completed=row["step"], figures=figures(row))
 
     def checkpoint(self, step: int) -> None:

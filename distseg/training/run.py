@@ -1,10 +1,10 @@
 """The run directory: what a run is, where it stands, and whether the same command may go on with it.
 
-    RUN/
-      config.yaml      resolved config and plan, its identity hash, versions of what ran
-      metrics.jsonl    one line a step; cut back to the checkpoint on resume
-      checkpoints/     see training/checkpoint.py
-      model/           see inference/model.py
+RUN/
+  config.yaml      resolved config and plan, its identity hash, versions of what ran
+  metrics.jsonl    one line a step; cut back to the checkpoint on resume
+  checkpoints/     see training/checkpoint.py
+  model/           see inference/model.py
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class RunDirectory:
     def check_same(self, config: TrainRunConfig, stored: StoredRun) -> None:
         """Raises RunMismatchError, with the difference, if another run lives here."""
         old, new = identity(stored.config), identity(config)
-        differences = [f"{k}: {old.get(k)} there, {new.get(k)} asked" for k in sorted(old | new) if old.get(k) != new.get(k)]
+        differences = [
+            f"{k}: {old.get(k)} there, {new.get(k)} asked" for k in sorted(old | new) if old.get(k) != new.get(k)
+        ]
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise RunMismatchError(

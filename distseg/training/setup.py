@@ -80,7 +80,10 @@ def start_session(config: TrainRunConfig, communicator: Communicator) -> Session
         activation_checkpointing=config.train.activation_checkpointing,
     ).to(device=device, dtype=dtype)
     optimizer = torch.optim.Adam(
-        student.parameters(), lr=config.optimizer.lr, betas=tuple(config.optimizer.betas), fused=True
+        student.parameters(),
+        lr=config.optimizer.lr,
+        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
+        fused=True,
     )
     teacher = make_teacher(student)
     checkpoint, branched = _where_it_left_off(config, run)

@@ -85,6 +85,8 @@ def training_step(
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
         _count_foreground(logged, "foreground_labelled", labelled)
+        _add(logged, "foreground_target/part", (slots.labelled_target > 0).sum())
+        _add(logged, "foreground_target/whole", _size(slots.labelled_target))
         _log(logged, losses, terms, targets.threshold_nats)
 
     logged = learner.gradients.sum_over_ranks(communicator, logged)
@@ -113,7 +115,7 @@ def record(logged: dict[str, float], *, method: Method, at: At, batch_size: int)
 
 
 def sum_of(values: object) -> Tensor:
-    return torch.stack(list(values)).sum()  # type: ignore[call-overload, no-any-return]  # an iterable of tensors
+    return torch.stack(list(values)).sum()  # type: ignore[call-overload]  # an iterable of tensors
 
 
 def _student_pass(
@@ -147,7 +149,12 @@ def _count_foreground(logged: dict[str, Tensor], name: str, output: NetworkOutpu
     """The predicted foreground share: the alarm for flood and collapse (METHOD traps 9 and 10)."""
     predicted = output.logits.detach().argmax(1)
     _add(logged, f"{name}/part", (predicted > 0).sum())
-    _add(logged, f"{name}/whole", predicted.new_full((), predicted.numel()))
+    _add(logged, f"{name}/whole", _size(predicted))
+
+
+def _size(voxels: Tensor) -> Tensor:
+    """The number of elements, on their device: no copy, no wait."""
+    return voxels.new_full((), voxels.numel())
 
 
 def _log(logged: dict[str, Tensor], losses: dict[str, Tensor], terms: Terms, threshold: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""A cheap look at validation scans while training: Dice over a fixed set of patches. Whole scans are evaluate's work."""
+"""A cheap look at validation scans while training: Dice over a fixed set of patches. Whole scans are for evaluate."""
 
 from __future__ import annotations
 

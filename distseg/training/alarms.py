@@ -1,0 +1,66 @@
+"""Named warnings when predictions on unlabelled patches flood or collapse (METHOD traps 9 and 10).
+
+Both compare means over the last `WINDOW` steps. An alarm is a function of the rows of metrics.jsonl alone, so a resumed
+run raises it where an undisturbed one would.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+WINDOW = 25
+# Labelled patches are drawn towards the object, unlabelled ones are not: on those the object should fill less.
+FLOOD_RATIO = 2.0  # predicted share on unlabelled patches over the true share on labelled ones
+COLLAPSE_RATIO = 0.01
+MATCHED_FLOOD = 0.5  # share of the matched voxels that matching calls foreground; the truth is a few per cent
+
+TEXT = {
+    "alarm_flood": "flood: the student calls {foreground_unlabelled:.0%} of unlabelled patches foreground, "
+    "labelled ones hold {foreground_target:.0%}; its teacher may be confirming its own excess",
+    "alarm_matched_flood": "flood of matched labels: {foreground_matched:.0%} of the voxels the teacher is unsure of "
+    "are matched to foreground; surface references may look like other tissue (METHOD trap 10)",
+    "alarm_collapse": "collapse: the student calls {foreground_unlabelled:.2%} of unlabelled patches foreground, "
+    "labelled ones hold {foreground_target:.0%}",
+}
+
+
+class Alarms:
+    """Feed it each row in order; it returns the row's alarms."""
+
+    def __init__(self, earlier: Iterable[Mapping[str, Any]]) -> None:
+        self._rows: deque[Mapping[str, Any]] = deque(earlier, maxlen=WINDOW)
+
+    def of(self, row: Mapping[str, Any]) -> dict[str, int]:
+        """Alarm name -> 1, for those that sound at this row; nothing before `WINDOW` rows are there."""
+        self._rows.append(row)
+        if len(self._rows) < WINDOW:
+            return {}
+        means = window_means(self._rows)
+        predicted, target = means.get("foreground_unlabelled"), means.get("foreground_target")
+        sounding = {}
+        if predicted is not None and target:
+            sounding["alarm_flood"] = predicted > FLOOD_RATIO * target
+            sounding["alarm_collapse"] = predicted < COLLAPSE_RATIO * target
+        matched = means.get("foreground_matched")
+        if matched is not None:
+            sounding["alarm_matched_flood"] = matched > MATCHED_FLOOD
+        return {name: 1 for name, on in sounding.items() if on}
+
+
+def window_means(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean of each share over the rows that have it."""
+    rows = list(rows)
+    means = {}
+    for name in ("foreground_unlabelled", "foreground_target", "foreground_matched"):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values:
+            means[name] = sum(values) / len(values)
+    return means
+
+
+def alarm_text(name: str, row: Mapping[str, Any]) -> str:
+    """The warning for one alarm of a row, in words."""
+    known = {key: row.get(key) or 0.0 for key in ("foreground_unlabelled", "foreground_target", "foreground_matched")}
+    return f"step {row['step']}: {TEXT[name].format(**known)}"
