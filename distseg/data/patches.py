@@ -121,7 +121,8 @@ class PatchReader:
         scale = np.asarray(scan.geometry.spacing_mm) / np.asarray(self._spacing)
         moved = np.floor((np.asarray(voxels) + 0.5) * scale).astype(np.int32)
         last: npt.NDArray[np.int32] = np.asarray(self.shape(scan.scan_id), np.int32) - 1
-        return np.minimum(moved, last, dtype=np.int32)
+        clipped: npt.NDArray[np.int32] = np.minimum(moved, last)
+        return clipped
 
 
 def crop(

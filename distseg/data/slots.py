@@ -18,6 +18,7 @@ from distseg.data.keys import Purpose, generator
 from distseg.data.patches import PatchReader
 
 IntArray = npt.NDArray[np.int32]
+Centre = tuple[str, tuple[int, int, int]]  # scan id, voxel on the run's grid
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class SlotSampler:
 
     Args:
         labelled, unlabelled: scan ids, in an order that is the same on every rank.
-        doubt: voxels [n, 3] of a scan where the teacher is unsure at a step, or None (`sampling.unlabelled=body`).
+        doubt: the list of centres that serves a step, of which `doubt_share` of the unlabelled patches are drawn.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class SlotSampler:
         augmentation: Augmentation,
         seed: int,
         doubt_share: float = 0.0,
-        doubt: Callable[[str, int], IntArray | None] | None = None,
+        doubt: Callable[[int], Sequence[Centre]] | None = None,
     ) -> None:
         self.labelled, self.unlabelled, self.seed = tuple(labelled), tuple(unlabelled), seed
         self._reader, self._size = reader, tuple(int(n) for n in patch_zyx)
@@ -74,11 +75,12 @@ class SlotSampler:
         """`with_label` opens hidden truth: for diagnostics, never for training."""
         rng = generator(self.seed, Purpose.UNLABELLED_PATCH, step, slot)
         scan_id = self.unlabelled[int(rng.integers(len(self.unlabelled)))]
-        centres = self._reader.placement(scan_id).body
-        if self._doubt is not None and rng.random() < self._doubt_share:
-            doubtful = self._doubt(scan_id, step)
-            centres = doubtful if doubtful is not None and len(doubtful) else centres
-        return self._cut(scan_id, self._centred(centres, rng), rng, with_label=with_label)
+        start = self._centred(self._reader.placement(scan_id).body, rng)
+        doubtful = self._doubt(step) if self._doubt is not None and rng.random() < self._doubt_share else ()
+        if doubtful:
+            scan_id, centre = doubtful[int(rng.integers(len(doubtful)))]
+            start = _start(self._shaken(np.asarray(centre, np.int32), rng), self._size)
+        return self._cut(scan_id, start, rng, with_label=with_label)
 
     def _centred(self, centres: IntArray, rng: np.random.Generator) -> tuple[int, int, int]:
         centre = centres[int(rng.integers(len(centres)))]
@@ -90,8 +92,12 @@ class SlotSampler:
         names = sorted(foreground)
         voxels = foreground[names[int(rng.integers(len(names)))]]
         centre = voxels[int(rng.integers(len(voxels)))]
+        return _start(self._shaken(centre, rng), self._size)
+
+    def _shaken(self, centre: IntArray, rng: np.random.Generator) -> IntArray:
         reach = np.asarray(self._size) // 4
-        return _start(centre + rng.integers(-reach, reach + 1), self._size)
+        shaken: IntArray = (centre + rng.integers(-reach, reach + 1)).astype(np.int32)
+        return shaken
 
     def _cut(self, scan_id: str, start: tuple[int, int, int], rng: np.random.Generator, *, with_label: bool) -> Patch:
         image = self._reader.image(scan_id, start, self._size)

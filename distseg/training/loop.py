@@ -61,6 +61,8 @@ def train_rank(config: TrainRunConfig, *, communicator: Communicator, reporter: 
         flush_steps=StepLog.GPU_FLUSH_STEPS if session.device.type == "cuda" else 1,
     )
     looks = _validation(session, communicator) if session.first_step <= total else None
+    if session.doubt and config.train.init_from is not None and session.first_step == 1:
+        session.doubt.refresh_after(0, session.learner.teacher, session.device, session.dtype)
     batches = session.feed.ahead(session.first_step, total)
     for step in range(session.first_step, total + 1):
         begun = time.perf_counter()
@@ -79,6 +81,8 @@ def train_rank(config: TrainRunConfig, *, communicator: Communicator, reporter: 
         )
         begun = time.perf_counter()
         validated = looks.due(step) if looks else {}
+        if session.doubt:
+            session.doubt.refresh_after(step, session.learner.teacher, session.device, session.dtype)
         log.paused(time.perf_counter() - begun)
         log.add(at, logged, batch.scan_ids, validated)
         if step % config.checkpoint.every_steps == 0 or step == total or _to_keep(session, validated):

@@ -18,6 +18,7 @@ from distseg.methods import make_method
 from distseg.methods.base import Method
 from distseg.networks.ema import make_teacher
 from distseg.training.checkpoint import Checkpoint, load_newest
+from distseg.training.doubt import DoubtCentres
 from distseg.training.feed import Feed
 from distseg.training.plan import Plan, make_plan
 from distseg.training.reduce import Communicator, FlatGradients
@@ -38,6 +39,7 @@ class Session:
     method: Method
     reader: PatchReader
     feed: Feed
+    doubt: DoubtCentres | None
     settings: StepSettings
     device: torch.device
     dtype: torch.dtype
@@ -102,6 +104,7 @@ def start_session(config: TrainRunConfig, communicator: Communicator) -> Session
         intensity=plan.intensity,
         memory_nbytes=int(config.data.memory_gib * 2**30),
     )
+    doubt = _doubt(config, plan, run, reader, communicator) if method.uses_unlabelled else None
     return Session(
         config=config,
         plan=plan,
@@ -109,7 +112,8 @@ def start_session(config: TrainRunConfig, communicator: Communicator) -> Session
         learner=Learner(student.train(), teacher, optimizer, FlatGradients(student.parameters())),
         method=method,
         reader=reader,
-        feed=_feed(config, plan, cohort, reader, method, communicator),
+        feed=_feed(config, plan, cohort, reader, method, communicator, doubt),
+        doubt=doubt,
         settings=_settings(config, device, precision),
         device=device,
         dtype=dtype,
@@ -137,6 +141,7 @@ def _feed(
     reader: PatchReader,
     method: Method,
     communicator: Communicator,
+    doubt: DoubtCentres | None,
 ) -> Feed:
     sampler = SlotSampler(
         reader,
@@ -146,6 +151,8 @@ def _feed(
         foreground_share=config.sampling.foreground_share,
         augmentation=plan.augmentation(config),
         seed=config.seed,
+        doubt_share=config.sampling.doubt_share,
+        doubt=doubt,
     )
     annotated = frozenset(r.scan_id for r in cohort.records if r.labelled)
     return Feed(
@@ -155,6 +162,22 @@ def _feed(
         references=(config.references.k, config.references.draws) if method.needs_references else None,
         needs_unlabelled=method.uses_unlabelled,
         truth_of=annotated if config.train.diagnostics else frozenset(),
+    )
+
+
+def _doubt(
+    config: TrainRunConfig, plan: Plan, run: RunDirectory, reader: PatchReader, communicator: Communicator
+) -> DoubtCentres | None:
+    if config.sampling.unlabelled != "doubt":
+        return None
+    return DoubtCentres(
+        run.path / "doubt",
+        reader=reader,
+        scan_ids=plan.unlabelled,
+        patch_zyx=config.sampling.patch_zyx,
+        every_steps=config.sampling.doubt_every_steps,
+        seed=config.seed,
+        communicator=communicator,
     )
 
 

@@ -1,0 +1,40 @@
+"""Timing several functions side by side: interleaved rounds, so that a machine that drifts drifts for all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: minimum, median and maximum over rounds."""
+
+    minimum: float
+    median: float
+    maximum: float
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device
+) -> dict[str, Timing]:
+    """Call each function once a round, in turn, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name, function in functions.items():
+            _wait(device)
+            begun = time.perf_counter()
+            function()
+            _wait(device)
+            if number:
+                seconds[name].append(time.perf_counter() - begun)
+    return {n: Timing(min(s), statistics.median(s), max(s)) for n, s in seconds.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
