@@ -177,9 +177,8 @@ class TrainConfig:
     validation_patches: int = 64
     ema_decay: float = 0.99
     precision: str = "auto"  # auto: bfloat16 on a GPU, float32 on CPU; float64 is for tests
-    compile: bool = False
-    activation_checkpointing: bool = False
-    profile: bool = False
+    activation_checkpointing: bool = False  # GPU only: recompute maps in the backward pass instead of keeping them
+    profile: bool = False  # a trace and a table of a few steps in RUN/profile
     diagnostics: bool = False  # open hidden truth of unlabelled scans to measure matched_accuracy; never trains on it
     threads: int | None = None  # torch threads a worker; None: this machine's cores over its workers
 
@@ -358,8 +357,8 @@ class DemoConfig:
     scans: int = 16  # training scans
     labelled: int = 4
     validation: int = 4  # labelled scans beside `scans`, held out
-    warmup_steps: int = 150
-    steps: int = 60
+    warmup_steps: int = 120
+    steps: int = 40
     seed: int = 0
     launcher: str = "ray"
     resources: ResourcesConfig = field(default_factory=lambda: ResourcesConfig(workers=2))
@@ -375,15 +374,29 @@ class DemoConfig:
 
 @dataclass
 class BenchmarkConfig:
-    """`distseg benchmark`."""
+    """`distseg benchmark`. `rows`, `labelled` and `seeds` run and report a part of the suite; None: what it says."""
 
     cohort: str = MISSING
     run: str = MISSING
-    suite: str = "smoke"
-    side_by_side: int = 2  # cells that run at once, one thread each
+    suite: str = "smoke"  # one of conf/suites, or the path of a YAML file
+    rows: list[str] | None = None
+    labelled: list[int] | None = None
+    seeds: list[int] | None = None
+    phase_a_from: str | None = (
+        None  # another benchmark's directory, whose phase A is branched from where it is the same
+    )
+    side_by_side: int = 2  # cells that run at once, one process each
     launcher: str = "local"
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)  # of one cell
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         at_least("side_by_side", self.side_by_side, 1)
         one_of("launcher", self.launcher, LAUNCHERS)
+        require(
+            self.resources.workers == 1,
+            "resources.workers",
+            self.resources.workers,
+            "1: a cell is one process",
+            "set side_by_side to run more cells at once",
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -38,7 +38,7 @@ class Feed:
     def batch(self, step: int) -> Batch:
         return collate([self._slot(step, slot) for slot in self._slots])
 
-    def ahead(self, first: int, last: int) -> Iterator[Batch]:
+    def ahead(self, first: int, last: int) -> Generator[Batch, None, None]:
         """Batches of steps first..last; the next one is cut in a thread while the caller works on this one."""
         with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:
             coming: Future[Batch] = pool.submit(self.batch, first)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -58,13 +59,19 @@ class StepLog:
         self._alarms = Alarms(run.metrics()[-WINDOW:])
         self._writer = _tensorboard(run, config) if reporter is not None else None
 
-    def waited(self, seconds: float) -> None:
-        """Time the loop spent waiting for a batch."""
-        self._waited_s += seconds
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, the loop waits for a batch."""
+        begun = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - begun
 
-    def paused(self, seconds: float) -> None:
-        """Time since the last step that belongs to none: validation, a checkpoint."""
-        self._since += seconds
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Inside is time that belongs to no step: validation, a checkpoint."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
 
     def add(self, at: At, logged: Mapping[str, Tensor], scan_ids: tuple[str, ...], extra: dict[str, float]) -> None:
         """`extra` joins the row as it is, e.g. val_dice."""

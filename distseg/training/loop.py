@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from distseg.methods.base import At
 from distseg.training.checkpoint import Checkpoint, checkpoint_dir, load_checkpoint, prune_checkpoints, save_checkpoint
 from distseg.training.clock import Clock
 from distseg.training.log import Reporter, StepLog
+from distseg.training.profile import StepProfiler
 from distseg.training.reduce import Communicator
 from distseg.training.run import RunDirectory
 from distseg.training.setup import Session, start_session
@@ -43,14 +44,26 @@ def train_rank(config: TrainRunConfig, *, communicator: Communicator, reporter: 
     `open_run` has been called by rank 0 or the driver.
     """
     session = start_session(config, communicator)
-    leads, total = communicator.rank == 0, config.train.steps
+    leads = communicator.rank == 0
     if leads:
         session.run.cut_metrics(session.first_step - 1)
         for note in session.plan.notes:
             reporter.note(note)
-    clock = Clock(session.device)
-    clock.watch(session.learner.student)
-    clock.watch(session.learner.teacher)
+    if session.first_step <= config.train.steps:
+        _train(session, communicator, reporter)
+    if leads:
+        _write_model(session)
+    communicator.barrier()
+    return TrainResult(config.run, config.train.steps, session.first_step - 1, session.run.last_metrics() or {})
+
+
+def _train(session: Session, communicator: Communicator, reporter: Reporter) -> None:
+    """From the session's first step to the last."""
+    config, learner, device = session.config, session.learner, session.device
+    leads, total = communicator.rank == 0, config.train.steps
+    clock = Clock(device)
+    clock.watch(learner.student)
+    clock.watch(learner.teacher)
     log = StepLog(
         session.run,
         method=session.method,
@@ -58,46 +71,39 @@ def train_rank(config: TrainRunConfig, *, communicator: Communicator, reporter: 
         clock=clock,
         reporter=reporter if leads else None,
         config=config.logging,
-        flush_steps=StepLog.GPU_FLUSH_STEPS if session.device.type == "cuda" else 1,
+        flush_steps=StepLog.GPU_FLUSH_STEPS if device.type == "cuda" else 1,
     )
-    looks = _validation(session, communicator) if session.first_step <= total else None
+    looks = _Looks.of(session, communicator)
     if session.doubt and config.train.init_from is not None and session.first_step == 1:
-        session.doubt.refresh_after(0, session.learner.teacher, session.device, session.dtype)
-    batches = session.feed.ahead(session.first_step, total)
-    for step in range(session.first_step, total + 1):
-        begun = time.perf_counter()
-        batch = next(batches)
-        log.waited(time.perf_counter() - begun)
-        at = At(step, total)
-        _set_lr(session, step)
-        logged = training_step(
-            session.learner,
-            batch.to(session.device, session.dtype),
-            method=session.method,
-            at=at,
-            settings=session.settings,
-            communicator=communicator,
-            clock=clock,
-        )
-        begun = time.perf_counter()
-        validated = looks.due(step) if looks else {}
-        if session.doubt:
-            session.doubt.refresh_after(step, session.learner.teacher, session.device, session.dtype)
-        log.paused(time.perf_counter() - begun)
-        log.add(at, logged, batch.scan_ids, validated)
-        if step % config.checkpoint.every_steps == 0 or step == total or _to_keep(session, validated):
-            log.flush()
-            begun = time.perf_counter()
-            if leads:
-                _checkpoint(session, step)
-            communicator.barrier()
-            reporter.checkpoint(step)
-            log.paused(time.perf_counter() - begun)
-    log.close()
-    if leads:
-        _write_model(session)
-    communicator.barrier()
-    return TrainResult(config.run, total, session.first_step - 1, session.run.last_metrics() or {})
+        session.doubt.refresh_after(0, learner.teacher, device, session.dtype)
+    profiler = StepProfiler(session.run.path / "profile", enabled=config.train.profile and leads)
+    with profiler, closing(session.feed.ahead(session.first_step, total)) as batches, closing(log):
+        for step in range(session.first_step, total + 1):
+            with log.waiting():
+                batch = next(batches)
+            _set_lr(session, step)
+            logged = training_step(
+                learner,
+                batch.to(device, session.dtype),
+                method=session.method,
+                at=At(step, total),
+                settings=session.settings,
+                communicator=communicator,
+                clock=clock,
+            )
+            with log.pausing():
+                validated = looks.due(step) if looks else {}
+                if session.doubt:
+                    session.doubt.refresh_after(step, learner.teacher, device, session.dtype)
+            log.add(At(step, total), logged, batch.scan_ids, validated)
+            profiler.step()
+            if step % config.checkpoint.every_steps == 0 or step == total or _to_keep(session, validated):
+                log.flush()
+                with log.pausing():
+                    if leads:
+                        _checkpoint(session, step)
+                    communicator.barrier()
+                    reporter.checkpoint(step)
 
 
 def _set_lr(session: Session, step: int) -> None:
@@ -119,27 +125,28 @@ class _Looks:
         looks = LOOKS_TO_SELECT if train.select == "val" else LOOKS
         self._every = train.validate_every_steps or max(1, math.ceil(train.steps / looks))
 
+    @classmethod
+    def of(cls, session: Session, communicator: Communicator) -> _Looks | None:
+        """None where the cohort has no labelled validation scan."""
+        if not session.plan.validation:
+            return None
+        patches = ValidationPatches(
+            session.reader,
+            scan_ids=session.plan.validation,
+            count=session.config.train.validation_patches,
+            patch_zyx=session.config.sampling.patch_zyx,
+            num_classes=session.plan.num_classes,
+            seed=session.config.data.subset_seed,
+            communicator=communicator,
+        )
+        return cls(session, patches)
+
     def due(self, step: int) -> dict[str, float]:
         """The student's val_dice if a look is due at `step`. A collective: all ranks must call."""
         session = self._session
         if step % self._every and step != session.config.train.steps:
             return {}
         return {"val_dice": self._patches.dice(session.learner.student, session.device, session.dtype)}
-
-
-def _validation(session: Session, communicator: Communicator) -> _Looks | None:
-    if not session.plan.validation:
-        return None
-    patches = ValidationPatches(
-        session.reader,
-        scan_ids=session.plan.validation,
-        count=session.config.train.validation_patches,
-        patch_zyx=session.config.sampling.patch_zyx,
-        num_classes=session.plan.num_classes,
-        seed=session.config.data.subset_seed,
-        communicator=communicator,
-    )
-    return _Looks(session, patches)
 
 
 def _to_keep(session: Session, validated: dict[str, float]) -> bool:

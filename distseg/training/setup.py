@@ -70,6 +70,7 @@ def start_session(config: TrainRunConfig, communicator: Communicator) -> Session
     if stored is None:
         raise RuntimeError("open_run comes first")  # an invariant of the launchers
     plan = stored.plan
+    _refuse_recomputing_on_cpu(config)
     device = torch.device("cuda", torch.cuda.current_device()) if _wants_gpu(config) else torch.device("cpu")
     precision = config.train.precision
     if precision == "auto":
@@ -179,6 +180,17 @@ def _doubt(
         seed=config.seed,
         communicator=communicator,
     )
+
+
+def _refuse_recomputing_on_cpu(config: TrainRunConfig) -> None:
+    """A recomputed pass would draw on from the slots' generators: other masks than the first pass had."""
+    if config.train.activation_checkpointing and config.resources.gpus_per_worker <= 0:
+        raise ConfigError(
+            "activation checkpointing is for GPUs",
+            where="train.activation_checkpointing",
+            value=True,
+            fix="set train.slots_per_pass=1 to save memory on a CPU",
+        )
 
 
 def _wants_gpu(config: TrainRunConfig) -> bool:

@@ -103,6 +103,7 @@ def _training(
             "seed": config.seed,
             "train.steps": steps,
             "train.validation_patches": 16,
+            "optimizer.schedule_steps": config.warmup_steps + config.steps,
         },
     )
     # Set outside the merge, which would read "${" in a path as an interpolation.
