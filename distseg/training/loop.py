@@ -96,7 +96,8 @@ def _train(session: Session, communicator: Communicator, reporter: Reporter) -> 
                 if session.doubt:
                     session.doubt.refresh_after(step, learner.teacher, device, session.dtype)
             log.add(At(step, total), logged, batch.scan_ids, validated)
-            profiler.step()
+            with log.pausing():
+                profiler.step()
             if step % config.checkpoint.every_steps == 0 or step == total or _to_keep(session, validated):
                 log.flush()
                 with log.pausing():
