@@ -6,6 +6,7 @@ the resampled volume is the resampled box. Axis order Z, Y, X.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from distseg.data.volume import resample_box, target_geometry
 
 FloatArray = npt.NDArray[np.float32]
 LabelArray = npt.NDArray[np.uint8]
+_FLOAT32_NBYTES = 4  # of a voxel that was kept, whatever the store's type: interpolation makes it float32
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,8 @@ class PatchReader:
         """Normalised intensities of a box; beyond the scan lies its minimum."""
         scan = self._scan(scan_id)
         kept = self._images.get(scan_id)
-        if kept is None and self._keep(scan.image.nbytes):
-            shape = self.shape(scan_id)
-            kept = self._images[scan_id] = self._read(scan, (0, 0, 0), shape)
+        if kept is None and self._keep(_FLOAT32_NBYTES * math.prod(self.shape(scan_id))):
+            kept = self._images[scan_id] = self._read(scan, (0, 0, 0), self.shape(scan_id))
         raw = self._read(scan, start, size) if kept is None else crop(kept, start, size, fill=scan.minimum)
         return self._intensity.normalise(raw, nonzero_mean=scan.nonzero_mean, nonzero_sd=scan.nonzero_sd)
 
@@ -77,7 +78,7 @@ class PatchReader:
         """Annotated classes of a box, uint8; background beyond the scan."""
         scan = self._scan(scan_id)
         kept = self._labels.get(scan_id)
-        if kept is None and self._keep(scan.image.nbytes // scan.image.dtype.itemsize):
+        if kept is None and self._keep(math.prod(self.shape(scan_id))):
             kept = self._labels[scan_id] = self._read_label(scan, (0, 0, 0), self.shape(scan_id))
         label = self._read_label(scan, start, size) if kept is None else crop(kept, start, size, fill=0)
         return label.astype(np.uint8, copy=False)
