@@ -30,6 +30,7 @@ from distseg.errors import ConfigError, FinishedWithFailures
 if TYPE_CHECKING:
     from distseg.data.cohort import ScanRecord
     from distseg.training.loop import TrainResult
+    from distseg.work.benchmark import BenchmarkResult
     from distseg.work.executor import Executor
     from distseg.work.ingest import IngestReport
     from distseg.work.predict import PredictReport
@@ -237,19 +238,35 @@ def benchmark(
     *,
     cohort: str | os.PathLike[str],
     run: str | os.PathLike[str],
-    suite: str | None = None,
+    suite: str | os.PathLike[str] | None = None,
+    rows: Sequence[str] | None = None,
+    labelled: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
+    phase_a_from: str | os.PathLike[str] | None = None,
     side_by_side: int | None = None,
+    gpus_per_cell: float | None = None,
     launcher: Launcher | None = None,
     progress: bool | None = None,
-) -> Any:
-    """Run a suite of methods x label counts x seeds on a cohort; tables and a figure in `run`."""
-    return benchmark_from_config(_config(BenchmarkConfig, locals()))
+) -> BenchmarkResult:
+    """Run a suite of methods x label counts x seeds on a cohort; tables, curves and figures in `run`. Resumes.
+
+    `suite` is a name of conf/suites or a YAML file; `rows`, `labelled` and `seeds` run a part of it. `phase_a_from` is
+    another benchmark's directory whose phase A is branched from. Raises ConfigError before anything runs, and
+    FinishedWithFailures with the cells that failed, when the others are in the tables.
+    """
+    config = _config(BenchmarkConfig, locals())
+    if gpus_per_cell is not None:
+        config.resources = ResourcesConfig(gpus_per_worker=gpus_per_cell)
+    return benchmark_from_config(config)
 
 
-def benchmark_from_config(config: BenchmarkConfig) -> Any:
+def benchmark_from_config(config: BenchmarkConfig) -> BenchmarkResult:
     from distseg.work.benchmark import run_benchmark
 
-    return run_benchmark(_absolute(config, "cohort", "run"))
+    config = _absolute(config, "cohort", "run", "phase_a_from")
+    cells = ResourcesConfig(workers=config.side_by_side, gpus_per_worker=config.resources.gpus_per_worker)
+    with _executor(config.launcher, cells) as executor:
+        return run_benchmark(config, executor=executor)
 
 
 def _config(kind: type[Config], arguments: Mapping[str, Any], **sections: Any) -> Config:

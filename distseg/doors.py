@@ -15,8 +15,11 @@ from distseg.errors import ConfigError
 
 # Values that are paths or ids: taken as typed, never parsed as numbers, lists, sweeps or interpolations.
 VERBATIM_KEYS = frozenset(
-    ("cohort", "run", "source", "input", "output", "train.init_from", "data.pseudo_labels", "scan", "name")
-)
+    (
+        "cohort", "run", "source", "input", "output", "train.init_from", "data.pseudo_labels", "scan", "name",
+        "suite", "phase_a_from",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
