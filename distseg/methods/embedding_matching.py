@@ -51,7 +51,7 @@ class EmbeddingMatching(Method):
                 noise_clip=self.config.teacher_noise_clip,
                 generators=generators,
             )  # [M, B, K, Z, Y, X]
-            entropy, label = uncertainty_and_label(passes.float(), uncertainty=self.config.uncertainty)
+            entropy, label = uncertainty_and_label(passes, uncertainty=self.config.uncertainty)
             reliable, threshold = reliable_voxels(entropy, self.config, at=at, num_classes=self.num_classes)
             embeddings = teacher(batch.reference_image).embeddings
             prototypes = class_prototypes(embeddings, batch.reference_index)  # [B, K, E]

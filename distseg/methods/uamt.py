@@ -35,7 +35,7 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
             noise_clip=self.config.teacher_noise_clip,
             generators=generators,
         )
-        entropy, label = uncertainty_and_label(passes[1:].float(), uncertainty=self.config.uncertainty)
+        entropy, label = uncertainty_and_label(passes[1:], uncertainty=self.config.uncertainty)
         reliable, threshold = reliable_voxels(entropy, self.config, at=at, num_classes=self.num_classes)
         return Targets(label=label, reliable=reliable, logits=passes[0], threshold_nats=threshold)
 

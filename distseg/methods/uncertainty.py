@@ -20,6 +20,7 @@ def uncertainty_and_label(logits: Tensor, *, uncertainty: str) -> tuple[Tensor, 
 
     `mean_of_entropies` is Eq 2: the mean over passes of each pass's entropy. `entropy_of_mean` is UA-MT's.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a GPU's passes come in bfloat16
     log_p = torch.log_softmax(logits, dim=2)
     p = log_p.exp()
     mean_p = p.mean(0)  # [B, K, Z, Y, X]

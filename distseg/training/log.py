@@ -56,7 +56,7 @@ class StepLog:
         self._clock, self._reporter, self._config, self._flush_steps = clock, reporter, config, flush_steps
         self._pending: list[tuple[At, tuple[str, ...], Tensor, tuple[str, ...], dict[str, float]]] = []
         self._waited_s, self._since = 0.0, time.perf_counter()
-        self._alarms = Alarms(run.metrics()[-WINDOW:])
+        self._alarms = Alarms(run.metrics()[-WINDOW:] if reporter is not None else ())
         self._writer = _tensorboard(run, config) if reporter is not None else None
 
     @contextmanager

@@ -95,6 +95,8 @@ def start_session(config: TrainRunConfig, communicator: Communicator) -> Session
         student.load_state_dict(checkpoint.student)
         teacher.load_state_dict(checkpoint.student if branched else checkpoint.teacher)
         optimizer.load_state_dict(checkpoint.optimizer)
+        for group in optimizer.param_groups:
+            group["betas"] = tuple(config.optimizer.betas)  # this run's, not those of the run it branches from
         first_step = 1 if branched else checkpoint.step + 1
         offset = checkpoint.schedule_step - (0 if branched else checkpoint.step)
     method = make_method(config, num_classes=plan.num_classes)
