@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distseg.config.schema import NetworkConfig
@@ -119,8 +120,10 @@ def load_model(run: str | Path) -> Model:
         if content["format"] != FORMAT:
             raise DataError("model of another format", where=file, value=content["format"], rule=f"must be {FORMAT}")
         info = _info(content)
+        for name in NETWORKS:
+            _check_weights(folder / f"{name}.safetensors", content["sha256"][name])
         networks = {name: _load_network(folder / f"{name}.safetensors", info) for name in NETWORKS}
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"unreadable model: {type(error).__name__}: {str(error)[:200]}", where=folder) from error
@@ -133,6 +136,12 @@ def _info(content: dict[str, Any]) -> ModelInfo:
     values["network"] = NetworkConfig(**content["network"])
     values["intensity"] = Intensity(**content["intensity"])
     return ModelInfo(**values)
+
+
+def _check_weights(file: Path, sha256: str) -> None:
+    with file.open("rb") as content:
+        if hashlib.file_digest(content, "sha256").hexdigest() != sha256:
+            raise DataError("model file does not match its checksum", where=file, fix="copy the model again")
 
 
 def _load_network(file: Path, info: ModelInfo) -> UNet3D:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -84,10 +85,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             teacher=load_file(folder / _FILES[1]),
             optimizer=torch.load(folder / _FILES[2], map_location="cpu", weights_only=True),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"unreadable checkpoint: {error}", where=folder) from error
+        raise DataError(f"unreadable checkpoint: {str(error)[:200]}", where=folder) from error
 
 
 def list_checkpoints(root: Path) -> list[Path]:
