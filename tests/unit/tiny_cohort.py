@@ -1,4 +1,4 @@
-"""A cohort small enough to train on in a test: CT-like ellipsoids with two bones, as an nnU-Net source, ingested.
+"""A cohort small enough to train on in a test: CT-like ellipsoids with two bones of different density.
 
 Training scans a to f are labelled, u and w are not, v is labelled and held out for validation. Fixtures are in
 conftest.py. Native axes are RAS, voxels 2 x 2 x 3 mm; canonical arrays are [Z, Y, X] with X towards the left.
@@ -31,7 +31,7 @@ def scan_arrays(number: int) -> tuple[np.ndarray, np.ndarray]:
     hip = np.linalg.norm(grid - (middle + rng.uniform(-2, 2, 3) - [3, 0, 0]), axis=-1) < rng.uniform(3, 4)
     femur = (np.linalg.norm(grid - (middle + rng.uniform(-1, 1, 3) + [4, 0, 0]), axis=-1) < 2.5) & ~hip
     label = (hip + 2 * femur).astype(np.uint8)
-    image = np.where(body, 40, -1000) + 500 * (label > 0) + rng.normal(0, 30, SHAPE)
+    image = np.where(body, 40, -1000) + 400 * hip + 900 * femur + rng.normal(0, 30, SHAPE)
     return image.round().astype(np.int16), label
 
 
