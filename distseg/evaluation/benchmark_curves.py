@@ -1,0 +1,159 @@
+"""Training curves of a benchmark: a column per row of the suite, a line of panels per theme, axes shared along it.
+
+Phase A comes first and is the same in every column; the dotted line is where the rows branch. Every seed is a thin
+line, their mean a bold one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from distseg.evaluation.curves import COLOURS, FAINT, MUTED, running_mean
+from distseg.evaluation.figures import INK, new_figure
+
+Rows = Sequence[Mapping[str, Any]]
+COLUMNS = 4  # of a figure; more rows go to further figures
+SMOOTHED_FROM_ROWS = 60
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """metrics.jsonl of a run and of the phase A it branched from."""
+
+    row: str
+    seed: int
+    phase_a: Rows
+    phase_b: Rows
+
+
+@dataclass(frozen=True)
+class _Theme:
+    title: str
+    prefix: str
+    share: bool = False
+
+
+_THEMES = (
+    _Theme("Loss terms, unweighted", "loss_"),
+    _Theme("Unlabelled voxels that teach", "coverage_", share=True),
+    _Theme("Foreground, share of voxels", "foreground_"),
+    _Theme("Matched labels that are right", "matched_accuracy", share=True),
+    _Theme("Dice of validation patches", "val_dice", share=True),
+)
+
+
+def benchmark_curves(runs: Sequence[RunCurves]) -> list[Figure]:
+    """Figures of at most `COLUMNS` rows of the suite each; none where there is nothing to draw."""
+    names = list(dict.fromkeys(run.row for run in runs))
+    drawn = [(theme, keys) for theme in _THEMES if (keys := _keys(theme, runs))]
+    if not drawn:
+        return []
+    limits = {theme.title: _limits(theme, keys, runs) for theme, keys in drawn}
+    return [_figure(names[i : i + COLUMNS], runs, drawn, limits) for i in range(0, len(names), COLUMNS)]
+
+
+def _keys(theme: _Theme, runs: Sequence[RunCurves]) -> list[str]:
+    """Keys of the theme that some row gives a number, in order of first appearance."""
+    rows = [row for run in runs for part in (run.phase_a, run.phase_b) for row in part]
+    seen = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, int | float))
+    return [key for key in seen if key.startswith(theme.prefix)]
+
+
+def _figure(
+    names: Sequence[str],
+    runs: Sequence[RunCurves],
+    drawn: Sequence[tuple[_Theme, list[str]]],
+    limits: Mapping[str, tuple[float, float]],
+) -> Figure:
+    figure = new_figure(max(2, len(names)) * 2.6 + 0.3, 1.8 * len(drawn) + 0.3)
+    cells = figure.subplots(len(drawn), len(names), squeeze=False, sharex=True)
+    for line, (theme, keys) in enumerate(drawn):
+        for column, name in enumerate(names):
+            axes = cells[line, column]
+            mine = [run for run in runs if run.row == name]
+            labelled = _draw(axes, theme, keys, mine)
+            axes.set_ylim(*limits[theme.title])
+            _dress(axes, left=column == 0, bottom=line == len(drawn) - 1)
+            if line == 0:
+                axes.set_title(name.replace("_", " "), fontsize=10, color=INK, pad=18, fontweight="bold")
+            if column == 0:
+                axes.text(0, 1.04, theme.title, transform=axes.transAxes, fontsize=8, color=INK, va="bottom")
+            if labelled > 1:
+                axes.legend(fontsize=6, frameon=False, labelcolor=INK, handlelength=1.0, loc="upper right", ncols=1)
+    figure.tight_layout(pad=0.5, w_pad=0.6, h_pad=0.9)
+    return figure
+
+
+def _draw(axes: Axes, theme: _Theme, keys: Sequence[str], runs: Sequence[RunCurves]) -> int:
+    """Draws each key of each seed; returns how many keys there were to draw."""
+    count = 0
+    for key, colour in zip(keys, COLOURS * len(keys), strict=False):
+        lines = [line for run in runs if len(line := _points(run, key))]
+        if not lines:
+            continue
+        count += 1
+        smooth = [_smoothed(line) for line in lines]
+        for line in smooth if len(smooth) > 1 else lines if len(lines[0]) >= SMOOTHED_FROM_ROWS else []:
+            axes.plot(line[:, 0], line[:, 1], color=colour, linewidth=0.6, alpha=0.35)
+        mean = _mean_over_seeds(smooth)
+        marker = "o" if len(mean) <= 30 else ""
+        label = key.removeprefix(theme.prefix).strip("_").replace("_", " ") or "student"
+        axes.plot(mean[:, 0], mean[:, 1], color=colour, linewidth=1.4, marker=marker, markersize=2.5, label=label)
+    if not count:
+        axes.text(0.5, 0.5, "not in this method", ha="center", va="center", fontsize=7, color=MUTED,
+                  transform=axes.transAxes)  # fmt: skip
+    for branch in {len(run.phase_a) for run in runs}:
+        axes.axvline(branch, color=MUTED, linewidth=0.8, linestyle=":")
+    return count
+
+
+def _points(run: RunCurves, key: str) -> np.ndarray:
+    """float64 [n, 2] step over A + B and value."""
+    offset = len(run.phase_a)
+    points = [(row["step"], row[key]) for row in run.phase_a if isinstance(row.get(key), int | float)]
+    points += [(offset + row["step"], row[key]) for row in run.phase_b if isinstance(row.get(key), int | float)]
+    return np.array(points, np.float64).reshape(-1, 2)
+
+
+def _smoothed(points: np.ndarray) -> np.ndarray:
+    if len(points) < SMOOTHED_FROM_ROWS:
+        return points
+    return np.stack([points[:, 0], running_mean(points[:, 1])], axis=1)
+
+
+def _mean_over_seeds(lines: Sequence[np.ndarray]) -> np.ndarray:
+    """[n, 2] at the steps that every seed has: some are None where a share had nothing to be a share of."""
+    steps = sorted(set.intersection(*({float(step) for step in line[:, 0]} for line in lines)))
+    by_step = [dict(line.tolist()) for line in lines]
+    return np.array([(step, np.mean([values[step] for values in by_step])) for step in steps]).reshape(-1, 2)
+
+
+def _limits(theme: _Theme, keys: Sequence[str], runs: Sequence[RunCurves]) -> tuple[float, float]:
+    """One axis for all columns, so that rows can be compared; the highest spikes of single steps may leave it."""
+    if theme.share:
+        return 0.0, 1.05
+    values = np.concatenate(
+        [_smoothed(points)[:, 1] for run in runs for key in keys if len(points := _points(run, key))]
+    )
+    top = float(np.percentile(values, 99.5)) if len(values) >= SMOOTHED_FROM_ROWS else float(values.max())
+    return min(0.0, float(values.min())), top * 1.1 or 1.0
+
+
+def _dress(axes: Axes, *, left: bool, bottom: bool) -> None:
+    axes.tick_params(labelsize=7, colors=MUTED, length=2, labelleft=left, labelbottom=bottom)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    if bottom:
+        axes.set_xlabel("step, phases A and B", fontsize=7, color=MUTED)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(FAINT)

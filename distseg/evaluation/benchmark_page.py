@@ -1,0 +1,204 @@
+"""report.html of a benchmark: one file with its pictures inside, no scripts, nothing from the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from distseg.evaluation.benchmark_grids import Grid, comparison_grid, summary_grid
+from distseg.evaluation.benchmark_tables import SIGNIFICANT, Reading
+from distseg.evaluation.figures import data_uri
+from distseg.evaluation.report import Picture
+
+_TEXT_COLUMNS = ("Metric", "Reads", "State")
+
+
+@dataclass(frozen=True)
+class BenchmarkPage:
+    """`subsets` are the labelled ids by count; `detectable_sd` is in sd of the paired difference."""
+
+    name: str
+    description: str
+    cohort: str
+    split: str
+    scans: int
+    seeds: Sequence[int]
+    subsets: Mapping[int, Sequence[str]]
+    readings: Sequence[Reading]
+    network: str
+    comparisons: int
+    detectable_sd: float
+    anatomy: Sequence[Picture]
+    curves: Sequence[Picture]
+    costs: Grid
+    cells: Grid
+    failed: Sequence[tuple[str, str]]
+
+
+def render_page(page: BenchmarkPage) -> str:
+    name = escape(page.name)
+    parts = [
+        f"<header><p class=over>Benchmark</p><h1>{name}</h1>{_lead(page)}</header>",
+        _failures(page.failed),
+        *(_results(page, count) for count in dict.fromkeys(reading.labelled for reading in page.readings)),
+        _section("How to read this", _how_to_read(page)),
+        _section("The same slice by every row", "".join(map(_picture, page.anatomy))),
+        _section("How they trained", "".join(map(_picture, page.curves))),
+        _section("What it took", _table(page.costs) + f"<details><summary>Every cell</summary>{_table(page.cells)}"
+                 "</details>"),
+        "<footer>Research use only. Not a medical device; not for diagnosis or treatment planning.</footer>",
+    ]  # fmt: skip
+    body = "\n".join(part for part in parts if part)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{name}: benchmark</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def markdown_head(page: BenchmarkPage) -> str:
+    lines = [f"# Benchmark {page.name}", "", _what(page), "", _power(page)]
+    if page.failed:
+        lines += ["", "Failed, and in no table:", "", *(f"- {cell}: {why}" for cell, why in page.failed)]
+    return "\n".join(lines) + "\n"
+
+
+def _what(page: BenchmarkPage) -> str:
+    seeds = f"{len(page.seeds)} seeds" if len(page.seeds) > 1 else "one seed"
+    counts = " and ".join(map(str, page.subsets))
+    about = f"{page.description}. " if page.description else ""
+    return (
+        f"{about}Trained on {counts} labelled scans of the cohort {page.cohort} and all its others as unlabelled, with "
+        f"{seeds}; measured on the {page.scans} annotated scans of the split “{page.split}”, in their native grids, at "
+        "the last checkpoint: nothing was selected on them."
+    )
+
+
+def _power(page: BenchmarkPage) -> str:
+    return (
+        f"With {page.scans} scans and {page.comparisons} comparisons a metric, a mean paired difference of "
+        f"{page.detectable_sd:.2f} of its standard deviation over scans is found with a power of 80 %; smaller ones "
+        "may exist unseen."
+    )
+
+
+def _lead(page: BenchmarkPage) -> str:
+    return f"<p class=lead>{escape(_what(page))}</p><p class=note>{escape(_power(page))}</p>"
+
+
+def _results(page: BenchmarkPage, count: int) -> str:
+    """The tested network as predicted first and open; the other readings follow under it."""
+    readings = [reading for reading in page.readings if reading.labelled == count]
+    first = [r for r in readings if r.network == page.network and r.component == "all"]
+    rest = [r for r in readings if r not in first]
+    others = "".join(_reading(reading) for reading in rest)
+    ids = ", ".join(page.subsets[count])
+    body = "".join(_reading(reading) for reading in first) + others + f"<p class=note>Labelled: {escape(ids)}.</p>"
+    return _section(f"{count} labelled scan{'s' if count != 1 else ''}", body)
+
+
+def _reading(reading: Reading) -> str:
+    comparison = comparison_grid(reading)
+    summary = summary_grid(reading)
+    compared = _table(comparison) if comparison else ""
+    return f"<h3>{escape(summary.title)}</h3>{_table(summary)}{compared}"
+
+
+def _table(grid: Grid) -> str:
+    kinds = ["text" if i == 0 or name in _TEXT_COLUMNS else "" for i, name in enumerate(grid.head)]
+    head = "".join(f"<th class={kind}>{escape(name)}" if kind else f"<th>{escape(name)}" for name, kind in
+                   zip(grid.head, kinds, strict=True))  # fmt: skip
+    lines = []
+    for line in grid.lines:
+        cells = "".join(
+            f"<td class='{kind} {_mark(cell)}'>{escape(cell)}" for cell, kind in zip(line[1:], kinds[1:], strict=True)
+        )
+        lines.append(f"<tr><th scope=row class=text>{escape(line[0])}{cells}</tr>")
+    note = f"<p class=note>{escape(grid.note)}</p>" if grid.note else ""
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{note}"
+
+
+def _mark(cell: str) -> str:
+    return cell if cell in ("better", "worse", "failed") else ""
+
+
+def _how_to_read(page: BenchmarkPage) -> str:
+    terms = (
+        ("IoU, Dice", "Overlap of the predicted and the annotated region; 1 is the same region. Higher is better."),
+        (
+            "HD95",
+            "Distance in millimetres within which 95 % of the two surfaces lie of each other. Lower is better; small "
+            "stray islands make it large, so all is told again for the largest component alone.",
+        ),
+        (
+            "Missed",
+            "The structure is there and nothing was predicted: it costs IoU 0 and the image's diagonal as HD95. "
+            "Counted over all seeds and scans.",
+        ),
+        (
+            "Mean, median, ± seeds",
+            "Each scan is first averaged over the seeds; mean and median are over scans. ± is the standard deviation "
+            "over seeds of the mean over scans: how much chance in training moves a row.",
+        ),
+        (
+            "Interval, p",
+            "95 % bootstrap interval of the mean difference, paired by scan; Wilcoxon's signed-rank test, and its p "
+            f"after Holm's correction over the {page.comparisons} comparisons of the metric. “Better” and “worse” "
+            f"mean p below {SIGNIFICANT} after it; “not shown” is not the same as equal.",
+        ),
+        (
+            "Detectable",
+            "The mean difference, in the metric's unit, that this many scans find in 4 of 5 such benchmarks, given the "
+            "spread that was seen.",
+        ),
+        ("Student, teacher", "The two networks of one training: the student learns, the teacher is its average."),
+    )
+    entries = "".join(f"<dt>{escape(term)}<dd>{escape(text)}" for term, text in terms)
+    return f"<dl>{entries}</dl>"
+
+
+def _picture(picture: Picture) -> str:
+    title, caption = escape(picture.title), escape(picture.caption)
+    return (
+        f"<figure><figcaption><b>{title}</b><span>{caption}</span></figcaption>"
+        f'<img alt="{title}" src="{data_uri(picture.png)}"></figure>'
+    )
+
+
+def _failures(failed: Sequence[tuple[str, str]]) -> str:
+    if not failed:
+        return ""
+    items = "".join(f"<li><b>{escape(cell)}</b> {escape(why)}" for cell, why in failed)
+    return f"<aside><b>Failed, and in no table here; the same command tries them again</b><ul>{items}</ul></aside>"
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
+
+
+_STYLE = """
+:root { color: #1f2933; background: #fff; font: 15px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+body { max-width: 1120px; margin: 0 auto; padding: 40px 28px 60px; }
+.over { margin: 0; color: #7b8794; font-size: 13px; letter-spacing: .04em; }
+h1 { margin: 0 0 12px; font-size: 30px; line-height: 1.2; overflow-wrap: anywhere; }
+h2 { margin: 44px 0 14px; font-size: 20px; } h3 { margin: 26px 0 6px; font-size: 15px; }
+.lead { max-width: 46em; font-size: 17px; } .note { color: #616e7c; font-size: 13px; max-width: 62em; }
+.scroll { overflow-x: auto; margin-bottom: 12px; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 8px; text-align: right; vertical-align: baseline; font-weight: 400; white-space: nowrap; }
+thead th { color: #616e7c; font-size: 12px; border-bottom: 1px solid #cbd2d9; vertical-align: bottom;
+  white-space: normal; }
+tbody td, tbody th { border-bottom: 1px solid #eef0f3; } tbody th { font-weight: 600; }
+.text { text-align: left; } .better { color: #00664b; font-weight: 600; }
+.worse, .failed { color: #b44d12; font-weight: 600; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 8px 22px; max-width: 62em; margin: 0; }
+dl { font-size: 14px; } dt { font-weight: 600; } dd { margin: 0; color: #3e4c59; }
+figure { margin: 0 0 30px; } img { display: block; max-width: 100%; height: auto; }
+figcaption { margin-bottom: 6px; } figcaption span { color: #616e7c; margin-left: 12px; font-size: 14px; }
+aside { border: 1px solid #e0a27a; border-radius: 6px; padding: 12px 18px; margin-top: 24px; }
+aside ul { margin: 6px 0 0; padding-left: 20px; } details { margin-top: 14px; } summary { cursor: pointer; }
+footer { margin-top: 52px; color: #616e7c; font-size: 13px; border-top: 1px solid #cbd2d9; padding-top: 14px; }
+@media print { body { padding: 0; } figure, tr { break-inside: avoid; } }
+@media (max-width: 640px) { dl { grid-template-columns: 1fr; gap: 2px; } dd { margin-bottom: 8px; } }
+"""
