@@ -257,6 +257,13 @@ class TrainRunConfig:
             f"set sampling.patch_zyx to multiples of {stride} or lower network.levels",
         )
         require(
+            max(self.sampling.patch_zyx) > stride,
+            "sampling.patch_zyx",
+            self.sampling.patch_zyx,
+            f"larger than {stride} along one axis at least: instance norm needs two voxels at the coarsest level",
+            f"set one size to {2 * stride} or lower network.levels",
+        )
+        require(
             self.resources.workers <= self.train.batch_size,
             "resources.workers",
             self.resources.workers,
