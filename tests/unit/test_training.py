@@ -21,7 +21,7 @@ from distseg.data.patches import PatchReader
 from distseg.errors import ConfigError, NonFiniteLossError, RunMismatchError
 from distseg.inference.model import load_model
 from distseg.training import checkpoint as checkpoint_module
-from distseg.training import loop
+from distseg.training import doubt, loop
 from distseg.training.alarms import Alarms, alarm_text
 from distseg.training.local import train_local
 from distseg.training.loop import TrainResult, train_rank
@@ -322,8 +322,11 @@ def test_micro_batches_and_memory_are_no_part_of_a_run(cohort_path: str, tmp_pat
 
 
 @pytest.mark.parametrize("step", [2, 3, 4])
-def test_doubt_survives_an_interruption(cohort_path: str, tmp_path: Path, step: int) -> None:
+def test_doubt_survives_an_interruption(
+    cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
     """The lists of centres go by step: list 1 after step 2, list 2 after step 4; a resumed run draws from the same."""
+    monkeypatch.setattr(doubt, "CANDIDATES", 9)
     doubtful = {"sampling__unlabelled": "doubt", "sampling__doubt_every_steps": 2, "sampling__doubt_share": 1.0}
     train(config(cohort_path, tmp_path / "whole", **doubtful, checkpoint__every_steps=1))
     settings = config(cohort_path, tmp_path / "run", **doubtful, checkpoint__every_steps=3)
@@ -339,6 +342,7 @@ def test_doubt_survives_an_interruption(cohort_path: str, tmp_path: Path, step: 
 
 
 def test_two_workers_doubt_as_one(cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doubt, "CANDIDATES", 9)
     doubtful = {"sampling__unlabelled": "doubt", "sampling__doubt_every_steps": 2, "train__precision": "float64"}
     train(config(cohort_path, tmp_path / "1", **doubtful))
     train_on(2, config(cohort_path, tmp_path / "2", **doubtful, resources__workers=2), monkeypatch)
