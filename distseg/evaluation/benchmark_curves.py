@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from distseg.evaluation.curves import COLOURS, FAINT, MUTED, running_mean
@@ -38,14 +39,15 @@ class _Theme:
     title: str
     prefix: str
     share: bool = False
+    itself: str = ""  # what the legend calls the key that is the prefix
 
 
 _THEMES = (
     _Theme("Loss terms, unweighted", "loss_"),
     _Theme("Unlabelled voxels that teach", "coverage_", share=True),
     _Theme("Foreground, share of voxels", "foreground_"),
-    _Theme("Matched labels that are right", "matched_accuracy", share=True),
-    _Theme("Dice of validation patches", "val_dice", share=True),
+    _Theme("Matched labels that are right", "matched_accuracy", share=True, itself="all"),
+    _Theme("Dice of validation patches", "val_dice", share=True, itself="student"),
 )
 
 
@@ -72,46 +74,55 @@ def _figure(
     drawn: Sequence[tuple[_Theme, list[str]]],
     limits: Mapping[str, tuple[float, float]],
 ) -> Figure:
-    figure = new_figure(max(2, len(names)) * 2.6 + 0.3, 1.8 * len(drawn) + 0.3)
-    cells = figure.subplots(len(drawn), len(names), squeeze=False, sharex=True)
+    """The last column holds the legend of each line: a key has one colour in all of them."""
+    widths = [2.4] * len(names) + [0.9]
+    figure = new_figure(sum(widths) + 0.3, 1.75 * len(drawn) + 0.4)
+    cells = figure.subplots(len(drawn), len(widths), squeeze=False, sharex="col", gridspec_kw={"width_ratios": widths})
     for line, (theme, keys) in enumerate(drawn):
         for column, name in enumerate(names):
             axes = cells[line, column]
-            mine = [run for run in runs if run.row == name]
-            labelled = _draw(axes, theme, keys, mine)
+            _draw(axes, keys, [run for run in runs if run.row == name])
             axes.set_ylim(*limits[theme.title])
             _dress(axes, left=column == 0, bottom=line == len(drawn) - 1)
             if line == 0:
-                axes.set_title(name.replace("_", " "), fontsize=10, color=INK, pad=18, fontweight="bold")
+                axes.set_title(name.replace("_", " "), fontsize=9, color=INK, pad=18, fontweight="bold")
             if column == 0:
                 axes.text(0, 1.04, theme.title, transform=axes.transAxes, fontsize=8, color=INK, va="bottom")
-            if labelled > 1:
-                axes.legend(fontsize=6, frameon=False, labelcolor=INK, handlelength=1.0, loc="upper right", ncols=1)
+        handles = [
+            Line2D([], [], color=colour, linewidth=1.6, label=_words(theme, key))
+            for key, colour in zip(keys, COLOURS * len(keys), strict=False)
+        ]
+        cells[line, -1].set_axis_off()
+        cells[line, -1].legend(
+            handles=handles, loc="center left", fontsize=7, frameon=False, labelcolor=INK, handlelength=1.2, borderpad=0
+        )
     figure.tight_layout(pad=0.5, w_pad=0.6, h_pad=0.9)
     return figure
 
 
-def _draw(axes: Axes, theme: _Theme, keys: Sequence[str], runs: Sequence[RunCurves]) -> int:
-    """Draws each key of each seed; returns how many keys there were to draw."""
-    count = 0
+def _words(theme: _Theme, key: str) -> str:
+    return key.removeprefix(theme.prefix).strip("_").replace("_", " ") or theme.itself
+
+
+def _draw(axes: Axes, keys: Sequence[str], runs: Sequence[RunCurves]) -> None:
+    """Each key of each seed, and the mean over seeds."""
+    drawn = False
     for key, colour in zip(keys, COLOURS * len(keys), strict=False):
         lines = [line for run in runs if len(line := _points(run, key))]
         if not lines:
             continue
-        count += 1
+        drawn = True
         smooth = [_smoothed(line) for line in lines]
         for line in smooth if len(smooth) > 1 else lines if len(lines[0]) >= SMOOTHED_FROM_ROWS else []:
             axes.plot(line[:, 0], line[:, 1], color=colour, linewidth=0.6, alpha=0.35)
         mean = _mean_over_seeds(smooth)
         marker = "o" if len(mean) <= 30 else ""
-        label = key.removeprefix(theme.prefix).strip("_").replace("_", " ") or "student"
-        axes.plot(mean[:, 0], mean[:, 1], color=colour, linewidth=1.4, marker=marker, markersize=2.5, label=label)
-    if not count:
+        axes.plot(mean[:, 0], mean[:, 1], color=colour, linewidth=1.4, marker=marker, markersize=2)
+    if not drawn:
         axes.text(0.5, 0.5, "not in this method", ha="center", va="center", fontsize=7, color=MUTED,
                   transform=axes.transAxes)  # fmt: skip
     for branch in {len(run.phase_a) for run in runs}:
         axes.axvline(branch, color=MUTED, linewidth=0.8, linestyle=":")
-    return count
 
 
 def _points(run: RunCurves, key: str) -> np.ndarray:

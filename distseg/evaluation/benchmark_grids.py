@@ -52,7 +52,7 @@ def comparison_grid(reading: Reading) -> Grid | None:
             found, digits = verdict.comparison, _DIGITS[metric]
             ratio = ("\u2013", "\u2013")
             if metric in SMALLER_IS_BETTER:
-                ratio = (text(found.median_ratio, 2), _interval(found.ratio_low, found.ratio_high, 2))
+                ratio = (text(found.median_ratio, 2), f"{text(found.ratio_low, 2)} to {text(found.ratio_high, 2)}")
             lines.append(
                 (
                     f"{found.method} against {found.baseline}",
@@ -72,7 +72,7 @@ def comparison_grid(reading: Reading) -> Grid | None:
         "Comparison", "Metric", "Mean difference", "95 % interval", "Ratio of medians", "95 % interval",
         "p", "p, Holm", "Detectable", "Reads",
     )  # fmt: skip
-    return Grid(title_of(reading), head, tuple(lines))
+    return Grid(f"{title_of(reading)}: paired by scan", head, tuple(lines))
 
 
 def text(value: float | None, digits: int) -> str:
@@ -81,7 +81,9 @@ def text(value: float | None, digits: int) -> str:
 
 
 def signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "\u2212")
+    """With a sign, unless it rounds to nothing."""
+    shown = f"{value:+.{digits}f}".replace("-", "\u2212")
+    return shown if any(digit in shown for digit in "123456789") else shown[1:]
 
 
 def p_text(p: float) -> str:
@@ -89,7 +91,7 @@ def p_text(p: float) -> str:
 
 
 def _interval(low: float, high: float, digits: int) -> str:
-    return f"{signed(low, digits)} to {signed(high, digits)}" if low < 0 else f"{low:.{digits}f} to {high:.{digits}f}"
+    return f"{signed(low, digits)} to {signed(high, digits)}"
 
 
 def markdown(grid: Grid) -> str:

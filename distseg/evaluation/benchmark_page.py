@@ -11,6 +11,7 @@ from distseg.evaluation.benchmark_tables import SIGNIFICANT, Reading
 from distseg.evaluation.figures import data_uri
 from distseg.evaluation.report import Picture
 
+SEEDS_TO_RANK = 3  # METHOD section 5
 _TEXT_COLUMNS = ("Metric", "Reads", "State")
 
 
@@ -42,7 +43,7 @@ def render_page(page: BenchmarkPage) -> str:
         f"<header><p class=over>Benchmark</p><h1>{name}</h1>{_lead(page)}</header>",
         _failures(page.failed),
         *(_results(page, count) for count in dict.fromkeys(reading.labelled for reading in page.readings)),
-        _section("How to read this", _how_to_read(page)),
+        _section("How to read this", _how_to_read()),
         _section("The same slice by every row", "".join(map(_picture, page.anatomy))),
         _section("How they trained", "".join(map(_picture, page.curves))),
         _section("What it took", _table(page.costs) + f"<details><summary>Every cell</summary>{_table(page.cells)}"
@@ -67,7 +68,7 @@ def markdown_head(page: BenchmarkPage) -> str:
 def _what(page: BenchmarkPage) -> str:
     seeds = f"{len(page.seeds)} seeds" if len(page.seeds) > 1 else "one seed"
     counts = " and ".join(map(str, page.subsets))
-    about = f"{page.description}. " if page.description else ""
+    about = f"{page.description[:1].upper()}{page.description[1:]}. " if page.description else ""
     return (
         f"{about}Trained on {counts} labelled scans of the cohort {page.cohort} and all its others as unlabelled, with "
         f"{seeds}; measured on the {page.scans} annotated scans of the split “{page.split}”, in their native grids, at "
@@ -76,11 +77,17 @@ def _what(page: BenchmarkPage) -> str:
 
 
 def _power(page: BenchmarkPage) -> str:
-    return (
-        f"With {page.scans} scans and {page.comparisons} comparisons a metric, a mean paired difference of "
-        f"{page.detectable_sd:.2f} of its standard deviation over scans is found with a power of 80 %; smaller ones "
-        "may exist unseen."
+    tests = f"{page.comparisons} comparison{'s' if page.comparisons != 1 else ''}"
+    power = (
+        f"With {page.scans} scans and {tests} a metric, a mean paired difference of {page.detectable_sd:.2f} of its "
+        "standard deviation over scans is found with a power of 80 %; smaller ones may exist unseen."
     )
+    if len(page.seeds) < SEEDS_TO_RANK:
+        power += (
+            f" Fewer than {SEEDS_TO_RANK} seeds: intervals and tests know the scans' spread, not that of training, so "
+            "they rank these runs and not the methods."
+        )
+    return power
 
 
 def _lead(page: BenchmarkPage) -> str:
@@ -123,7 +130,7 @@ def _mark(cell: str) -> str:
     return cell if cell in ("better", "worse", "failed") else ""
 
 
-def _how_to_read(page: BenchmarkPage) -> str:
+def _how_to_read() -> str:
     terms = (
         ("IoU, Dice", "Overlap of the predicted and the annotated region; 1 is the same region. Higher is better."),
         (
@@ -144,7 +151,7 @@ def _how_to_read(page: BenchmarkPage) -> str:
         (
             "Interval, p",
             "95 % bootstrap interval of the mean difference, paired by scan; Wilcoxon's signed-rank test, and its p "
-            f"after Holm's correction over the {page.comparisons} comparisons of the metric. “Better” and “worse” "
+            "after Holm's correction over all comparisons of the metric. “Better” and “worse” "
             f"mean p below {SIGNIFICANT} after it; “not shown” is not the same as equal.",
         ),
         (

@@ -66,7 +66,7 @@ def _announce(benchmark: Benchmark) -> None:
     counts, seeds = (", ".join(map(str, values)) for values in (suite.labelled, suite.seeds))
     print(f"suite {suite.name}: {', '.join(row.name for row in suite.rows)}; labelled {counts}; seeds {seeds}")
     print(
-        f"{len(benchmark.scans)} {suite.split} scans, {benchmark.comparisons} comparisons a metric: a mean paired "
+        f"{len(benchmark.scans)} {suite.split} scans, tests of each metric: {benchmark.comparisons}. A mean paired "
         f"difference of {benchmark.detectable_sd:.2f} of its sd is found in 4 of 5 such benchmarks",
         flush=True,
     )
@@ -80,7 +80,10 @@ def _run_cells(
     phase_b = [cell for cell in benchmark.phase_b if not cell.is_finished()]
     done = len(benchmark.phase_a) + len(benchmark.phase_b) - len(phase_a) - len(phase_b)
     failed: dict[str, str] = {}
-    with BenchmarkProgress([*phase_a, *phase_b], done=done, enabled=config.logging.progress) as progress:
+    progress_of = BenchmarkProgress(
+        [*phase_a, *phase_b], done=done, scans=len(benchmark.scans), enabled=config.logging.progress
+    )
+    with progress_of as progress:
         for wave in waves(phase_a, phase_b, executor.workers):
             ready = []
             for cell in wave:

@@ -16,19 +16,19 @@ from distseg.work.benchmark_cells import Cell
 
 POLL_S = 2.0
 SPEED_OVER_S = 900.0  # cells of fast and slow methods take turns: a shorter memory makes the time left jump
-# Network passes over a slot that an evaluation costs, as a share of those of its training: as measured on 22 scans.
-EVALUATION_PASSES = 600
+PASSES_A_SCAN = 50  # what evaluating a scan takes, in passes over a batch; a guess is enough for the time left
 
 
 class BenchmarkProgress:
     """A bar over the work of all cells, in network passes, fed from the cells' own metrics.jsonl. A context manager."""
 
-    def __init__(self, todo: Sequence[Cell], *, done: int, enabled: bool) -> None:
+    def __init__(self, todo: Sequence[Cell], *, done: int, scans: int, enabled: bool) -> None:
         self._todo, self._done, self._total = {cell.name: cell for cell in todo}, done, done + len(todo)
         self._passes = {cell.name: _passes_a_step(cell) for cell in todo}
+        self._scans = scans  # that an evaluation measures
         self._ended: set[str] = set()
         self._console = Console(stderr=True)
-        self._enabled = enabled
+        self._enabled = enabled and bool(todo)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -37,7 +37,7 @@ class BenchmarkProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not enabled,
+            disable=not self._enabled,
             speed_estimate_period=SPEED_OVER_S,
         )
         self._task = self._progress.add_task(self._words(), total=sum(self._work(cell) for cell in todo) or 1)
@@ -78,7 +78,7 @@ class BenchmarkProgress:
             self._progress.update(self._task, completed=self._work_done())
 
     def _work(self, cell: Cell) -> float:
-        evaluation = 0 if cell.evaluate is None else EVALUATION_PASSES
+        evaluation = 0 if cell.evaluate is None else PASSES_A_SCAN * self._scans
         return cell.config.train.steps * self._passes[cell.name] + evaluation
 
     def _work_done(self) -> float:

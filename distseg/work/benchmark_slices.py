@@ -81,8 +81,15 @@ def predict_slices(
     tasks = [
         _Task(cell.name, str(cell.run), model_fingerprint(cell.run), scans, network, overlap, threads) for cell in cells
     ]
-    masks, trouble = {}, []
-    for outcome in executor.map(_predict, tasks, key=_name):
+    masks: dict[str, dict[str, np.ndarray]] = {}
+    todo, trouble = [], []
+    for task in tasks:
+        kept, wanted = _kept(task), _wanted(task)
+        if wanted.keys() <= kept.keys():
+            masks[task.name] = {scan.scan_id: kept[key] for key, (scan, _) in wanted.items()}
+        else:
+            todo.append(task)
+    for outcome in executor.map(_predict, todo, key=_name):
         if outcome.value is None:
             trouble.append((f"figure of {outcome.key}", outcome.error or "no masks"))
         else:
@@ -94,40 +101,47 @@ def _name(task: _Task) -> str:
     return task.name
 
 
-def _predict(task: _Task) -> dict[str, np.ndarray]:
-    """Runs in a worker."""
-    file = Path(task.run) / "slices.npz"
-    wanted = {f"{scan.scan_id}/{index}/{task.network}/{task.overlap}": (scan, index) for scan, index in task.scans}
-    kept = _kept(file, task.fingerprint)
-    if not wanted.keys() <= kept.keys():
-        use_threads(task.threads)
-        model, device = cached_model(task.run, task.fingerprint)
-        for key, (scan, index) in wanted.items():
-            if key in kept:
-                continue
-            mask = segment_scan(
-                model,
-                scan.image,
-                networks=(task.network,),
-                spacing_mm=scan.geometry.spacing_mm,
-                intensity=ScanIntensity(scan.minimum, scan.nonzero_mean, scan.nonzero_sd),
-                overlap=task.overlap,
-                device=device,
-                output_shape=scan.native.geometry.shape,
-                output_spacing_mm=scan.native.geometry.spacing_mm,
-            )[task.network]
-            kept[key] = mask[index].copy()  # not a view: the volume is let go
-        partial = file.with_name(f".{uuid.uuid4().hex[:8]}.npz")
-        np.savez_compressed(partial, fingerprint=np.array(task.fingerprint), **kept)  # type: ignore[arg-type]  # stubs
-        partial.replace(file)
-    return {scan.scan_id: kept[key] for key, (scan, _) in wanted.items()}
+def _wanted(task: _Task) -> dict[str, tuple[Scan, int]]:
+    """Name in slices.npz -> scan and slice."""
+    return {f"{scan.scan_id}/{index}/{task.network}/{task.overlap}": (scan, index) for scan, index in task.scans}
 
 
-def _kept(file: Path, fingerprint: str) -> dict[str, np.ndarray]:
+def _kept(task: _Task) -> dict[str, np.ndarray]:
     """Slices of this very model from an earlier call."""
+    file = _file(task)
     if not file.is_file():
         return {}
     with np.load(file) as stored:
-        if str(stored["fingerprint"]) != fingerprint:
+        if str(stored["fingerprint"]) != task.fingerprint:
             return {}
         return {key: stored[key] for key in stored.files if key != "fingerprint"}
+
+
+def _file(task: _Task) -> Path:
+    return Path(task.run) / "slices.npz"
+
+
+def _predict(task: _Task) -> dict[str, np.ndarray]:
+    """Runs in a worker."""
+    kept, wanted, file = _kept(task), _wanted(task), _file(task)
+    use_threads(task.threads)
+    model, device = cached_model(task.run, task.fingerprint)
+    for key, (scan, index) in wanted.items():
+        if key in kept:
+            continue
+        mask = segment_scan(
+            model,
+            scan.image,
+            networks=(task.network,),
+            spacing_mm=scan.geometry.spacing_mm,
+            intensity=ScanIntensity(scan.minimum, scan.nonzero_mean, scan.nonzero_sd),
+            overlap=task.overlap,
+            device=device,
+            output_shape=scan.native.geometry.shape,
+            output_spacing_mm=scan.native.geometry.spacing_mm,
+        )[task.network]
+        kept[key] = mask[index].copy()  # not a view: the volume is let go
+    partial = file.with_name(f".{uuid.uuid4().hex[:8]}.npz")
+    np.savez_compressed(partial, fingerprint=np.array(task.fingerprint), **kept)  # type: ignore[arg-type]  # stubs
+    partial.replace(file)
+    return {scan.scan_id: kept[key] for key, (scan, _) in wanted.items()}

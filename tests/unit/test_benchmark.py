@@ -570,8 +570,8 @@ def test_curves_have_a_column_a_row_and_figures_of_four() -> None:
     runs = [RunCurves(f"row{i}", seed, before, after) for i in range(5) for seed in (0, 1)]
     first, second = benchmark_curves(runs)
     assert [axes.get_title() for axes in first.axes[:4]] == ["row0", "row1", "row2", "row3"]
-    assert len(first.axes) == 3 * 4  # loss, coverage, val Dice
-    assert len(second.axes) == 3
+    assert len(first.axes) == 3 * (4 + 1)  # loss, coverage, val Dice; the last column holds the legends
+    assert len(second.axes) == 3 * (1 + 1)
     steps, values = first.axes[0].lines[-2].get_data()  # before the dotted line: the mean over seeds
     assert list(np.asarray(steps)) == [1, 2, 3, 4]
     assert list(np.asarray(values)) == [1.0, 1.0, 0.5, 0.5]
