@@ -117,13 +117,10 @@ def train(
     """
     from distseg.config.compose import train_config
 
-    # Paths skip the merge: it would read "${" in them as an interpolation.
-    given = dict(overrides or {})
-    init_from = given.pop("train.init_from", None)
     choice = {"method": method} if method is not None else {}
-    config = train_config(cohort="", run="", preset=preset, matching=matching, overrides=given, **choice)
-    config.cohort, config.run = os.fspath(cohort), os.fspath(run)
-    config.train.init_from = None if init_from is None else os.fspath(init_from)
+    config = train_config(
+        cohort=os.fspath(cohort), run=os.fspath(run), preset=preset, matching=matching, overrides=overrides, **choice
+    )
     return train_from_config(config)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distseg.config.quoting import omegaconf_escaped
 from distseg.errors import ConfigError
 
 # Values that are paths or ids: taken as typed, never parsed as numbers, lists, sweeps or interpolations.
@@ -106,12 +107,7 @@ def literal_override(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key.lstrip("+") not in VERBATIM_KEYS:
         return argument
-    return f"{key}='{_hydra_quoted(_omegaconf_escaped(value))}'"
-
-
-def _omegaconf_escaped(value: str) -> str:
-    """`${` as text: a backslash before it, and those already there doubled. Elsewhere backslashes are plain."""
-    return re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", value)
+    return f"{key}='{_hydra_quoted(omegaconf_escaped(value))}'"
 
 
 def _hydra_quoted(value: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distseg.config.checks import one_of
 from distseg.config.presets import MATCHINGS, METHODS, ON_GPU, PRESET_METHOD, PRESETS, default_preset
+from distseg.config.quoting import omegaconf_escaped
 from distseg.config.schema import TrainRunConfig
 from distseg.errors import ConfigError
 
@@ -44,7 +46,8 @@ def train_config(
 ) -> TrainRunConfig:
     """Compose the config of one run without Hydra.
 
-    `overrides` maps dotted keys to values, e.g. {"train.steps": 600, "data.spacing_mm": [3, 4, 4]}.
+    `overrides` maps dotted keys to values, e.g. {"train.steps": 600, "data.spacing_mm": [3, 4, 4]}; texts are taken
+    as they are, `${` included.
     Raises ConfigError for an unknown name or key, or a value outside its rule.
     """
     overrides = dict(overrides or {})
@@ -60,10 +63,10 @@ def train_config(
         layers.append(MATCHINGS[matching])
     node = OmegaConf.structured(TrainRunConfig)
     try:
-        for layer in (*layers, {"cohort": cohort, "run": run}):
+        for layer in (*layers, _literal({"cohort": cohort, "run": run})):
             node = OmegaConf.merge(node, layer)
         for key, value in overrides.items():
-            OmegaConf.update(node, key, value, force_add=False)
+            OmegaConf.update(node, key, _literal(value), force_add=False)
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error), fix="distseg train --help lists the keys") from None
     return to_typed(node, TrainRunConfig)
@@ -90,10 +93,19 @@ def to_typed(node: DictConfig, kind: type[Config]) -> Config:
 def from_plain(values: Mapping[str, Any], kind: type[Config]) -> Config:
     """The dataclass of a plain mapping, e.g. read back from RUN/config.yaml. Unknown keys are refused."""
     try:
-        node = OmegaConf.merge(OmegaConf.structured(kind), dict(values))
+        node = OmegaConf.merge(OmegaConf.structured(kind), _literal(values))
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error)) from None
     return to_typed(node, kind)  # type: ignore[arg-type]  # merge of a structured node is a DictConfig
+
+
+def _literal(value: Any) -> Any:
+    """Stored strings are paths and names, never interpolations."""
+    if isinstance(value, str | os.PathLike):
+        return omegaconf_escaped(os.fspath(value))
+    if isinstance(value, Mapping):
+        return {key: _literal(v) for key, v in value.items()}
+    return [_literal(v) for v in value] if isinstance(value, list) else value
 
 
 def to_plain(config: Any) -> dict[str, Any]:

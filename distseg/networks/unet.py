@@ -101,6 +101,7 @@ def _block(in_channels: int, out_channels: int, rate: float, *, transposed: bool
         padding=0 if transposed else 1,
         output_padding=0 if transposed else None,
         is_transposed=transposed,
+        bias=False,  # instance norm takes it out again; its gradient is rounding noise that Adam would scale up
         adn_ordering="NAD",
         act="RELU",
         norm=("INSTANCE", {"affine": True}),

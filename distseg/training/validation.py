@@ -42,7 +42,7 @@ class ValidationPatches:
                 labelled=[scan_ids[order[number % len(scan_ids)]]],
                 unlabelled=[],
                 patch_zyx=patch_zyx,
-                foreground_share=float(number % 2),
+                foreground_share=float((number + number // len(scan_ids)) % 2),  # every scan gives both kinds
                 augmentation=_NO_AUGMENTATION,
                 seed=seed + 1,  # not the training slots' key
             )

@@ -94,8 +94,8 @@ def _training(
     config: DemoConfig, *, cohort: str, run: Path, method: str, steps: int, parent: Path | None = None
 ) -> TrainRunConfig:
     composed = train_config(
-        cohort="",
-        run="",
+        cohort=cohort,
+        run=str(run),
         method=method,
         preset="small",
         overrides={
@@ -103,14 +103,11 @@ def _training(
             "seed": config.seed,
             "train.steps": steps,
             "train.validation_patches": 16,
+            "train.init_from": None if parent is None else str(parent),
             "optimizer.schedule_steps": config.warmup_steps + config.steps,
         },
     )
-    # Set outside the merge, which would read "${" in a path as an interpolation.
-    trained = dataclasses.replace(composed.train, init_from=None if parent is None else str(parent))
-    return dataclasses.replace(
-        composed, cohort=cohort, run=str(run), train=trained, resources=config.resources, logging=config.logging
-    )
+    return dataclasses.replace(composed, resources=config.resources, logging=config.logging)
 
 
 def _evaluation(config: DemoConfig, *, cohort: str, run: Path) -> EvaluateConfig:

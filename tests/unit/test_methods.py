@@ -113,8 +113,7 @@ def take_step(learner: Learner, method: Method, batch: Batch, at: At, **more: An
 
 
 def weights_of(network: torch.nn.Module) -> Tensor:
-    """All but the biases that instance norm takes out again: their gradient is rounding, which Adam scales up."""
-    return torch.cat([p.detach().flatten() for name, p in network.named_parameters() if not name.endswith("conv.bias")])
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
 # BASELINES section 8

@@ -158,12 +158,10 @@ def newest(run: Path) -> Path:
     return sorted((run / "checkpoints").glob("step_*"))[-1]
 
 
-def weights_of(run: Path, *, network: str = "student", biases: bool = True) -> torch.Tensor:
-    """All weights of the newest checkpoint as one vector. `biases=False` leaves out those that instance norm takes out
-    again: their gradient is rounding, which Adam scales up to a step of its own."""
+def weights_of(run: Path, *, network: str = "student") -> torch.Tensor:
+    """All weights of the newest checkpoint as one vector."""
     state = load_file(newest(run) / f"{network}.safetensors")
-    kept = [name for name in sorted(state) if biases or not name.endswith("conv.bias")]
-    return torch.cat([state[name].double().flatten() for name in kept])
+    return torch.cat([state[name].double().flatten() for name in sorted(state)])
 
 
 def assert_same_run(run: Path, undisturbed: Path) -> None:
@@ -204,7 +202,7 @@ def test_one_worker_is_two_in_float32(cohort_path: str, tmp_path: Path, monkeypa
     more = {"method": "supervised", "train__steps": 20, "checkpoint__every_steps": 20}
     train(config(cohort_path, tmp_path / "1", **more))
     train_on(2, config(cohort_path, tmp_path / "2", **more, resources__workers=2), monkeypatch)
-    one, two = (weights_of(tmp_path / run, biases=False) for run in ("1", "2"))
+    one, two = (weights_of(tmp_path / run) for run in ("1", "2"))
     torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
     losses = [[row["loss"] for row in rows_of(tmp_path / run)] for run in ("1", "2")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
@@ -680,3 +678,19 @@ def test_a_patch_that_shrinks_to_one_voxel_is_refused(cohort_path: str, tmp_path
     with pytest.raises(ConfigError, match=r"sampling\.patch_zyx: .*\(got \[8, 8, 8\]\).*lower network\.levels"):
         config(cohort_path, tmp_path / "run", network__levels=4)
     train(config(cohort_path, tmp_path / "run", network__levels=4, sampling__patch_zyx=[16, 8, 8], train__steps=1))
+
+
+def test_profile_leaves_a_trace_and_a_table(cohort_path: str, tmp_path: Path) -> None:
+    train(config(cohort_path, tmp_path / "profiled", method="supervised", train__steps=7, train__profile=True))
+    trace = json.loads((tmp_path / "profiled" / "profile" / "trace.json").read_text())
+    assert any("conv" in str(event.get("name")) for event in trace["traceEvents"])
+    assert "aten::" in (tmp_path / "profiled" / "profile" / "table.txt").read_text()
+
+
+def test_a_run_in_a_folder_with_an_interpolation_in_its_name(cohort_path: str, tmp_path: Path) -> None:
+    run = tmp_path / "${oc.env:HOME}"
+    more = {"method": "supervised", "train__steps": 2}
+    train(config(cohort_path, run, **more))
+    stored = RunDirectory(run).stored()
+    assert stored is not None
+    assert stored.config.run == str(run)
