@@ -46,7 +46,7 @@ PRESETS: dict[str, Values] = {
         "preset": "xie2024",
         "network": {"base_filters": 16, "levels": 4, "widening": "within", "dropout": "all", "dropout_rate": 0.15},
         "sampling": {"patch_zyx": [32, 32, 32], "foreground_share": 0.5, "unlabelled": "body"},
-        "augment": {"flip": False, "intensity_scale": 0.0, "intensity_shift": 0.0, "student_noise_sigma": 0.02},
+        "augment": {"flip": "none", "intensity_scale": 0.0, "intensity_shift": 0.0, "student_noise_sigma": 0.02},
         "optimizer": {"lr": 1e-4, "betas": [0.9, 0.99], "schedule": "constant"},
         "train": {"batch_size": 2, "ema_decay": 0.99},
     },

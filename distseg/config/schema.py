@@ -86,12 +86,15 @@ class SamplingConfig:
 class AugmentConfig:
     """Augmentation of both halves of a slot. Intensities are z-scored, so sigmas and shifts are in those units."""
 
-    flip: bool = True  # each axis with probability 1/2; left-right only where no class is lateral
+    # left_right: the one flip that leaves anatomy anatomy, where no class is lateral; all: each axis with probability
+    # 1/2, which costs a short run more than it gives (tests/bench/RESULTS.md).
+    flip: str = "left_right"
     intensity_scale: float = 0.1  # contrast factor in 1 +- this
     intensity_shift: float = 0.1  # brightness offset in +- this
     student_noise_sigma: float = 0.02
 
     def __post_init__(self) -> None:
+        one_of("augment.flip", self.flip, ("none", "left_right", "all"))
         between("augment.intensity_scale", self.intensity_scale, 0.0, 1.0)
         between("augment.intensity_shift", self.intensity_shift, 0.0, 10.0)
         between("augment.student_noise_sigma", self.student_noise_sigma, 0.0, 10.0)

@@ -8,8 +8,7 @@ from html import escape
 
 from distseg.evaluation.benchmark_grids import Grid, comparison_grid, summary_grid
 from distseg.evaluation.benchmark_tables import SIGNIFICANT, Reading
-from distseg.evaluation.figures import data_uri
-from distseg.evaluation.report import Picture
+from distseg.evaluation.page import Picture, document, failures_html, glossary, heading, picture_html, section
 
 SEEDS_TO_RANK = 3  # METHOD section 5
 _TEXT_COLUMNS = ("Metric", "Reads", "State")
@@ -38,24 +37,18 @@ class BenchmarkPage:
 
 
 def render_page(page: BenchmarkPage) -> str:
-    name = escape(page.name)
+    counts = dict.fromkeys(reading.labelled for reading in page.readings)
+    every_cell = f"<details><summary>Every cell</summary>{_table(page.cells)}</details>"
     parts = [
-        f"<header><p class=over>Benchmark</p><h1>{name}</h1>{_lead(page)}</header>",
-        _failures(page.failed),
-        *(_results(page, count) for count in dict.fromkeys(reading.labelled for reading in page.readings)),
-        _section("How to read this", _how_to_read()),
-        _section("The same slice by every row", "".join(map(_picture, page.anatomy))),
-        _section("How they trained", "".join(map(_picture, page.curves))),
-        _section("What it took", _table(page.costs) + f"<details><summary>Every cell</summary>{_table(page.cells)}"
-                 "</details>"),
-        "<footer>Research use only. Not a medical device; not for diagnosis or treatment planning.</footer>",
-    ]  # fmt: skip
-    body = "\n".join(part for part in parts if part)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}: benchmark</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
+        heading("Benchmark", page.name, _lead(page)),
+        failures_html("Failed, and in no table here; the same command tries them again", page.failed),
+        *(_results(page, count) for count in counts),
+        section("How to read this", _how_to_read()),
+        section("The same slice by every row", "".join(map(picture_html, page.anatomy))),
+        section("How they trained", "".join(map(picture_html, page.curves))),
+        section("What it took", _table(page.costs) + every_cell),
+    ]
+    return document(f"{page.name}: benchmark", parts=parts, style=_STYLE)
 
 
 def markdown_head(page: BenchmarkPage) -> str:
@@ -102,7 +95,7 @@ def _results(page: BenchmarkPage, count: int) -> str:
     others = "".join(_reading(reading) for reading in rest)
     ids = ", ".join(page.subsets[count])
     body = "".join(_reading(reading) for reading in first) + others + f"<p class=note>Labelled: {escape(ids)}.</p>"
-    return _section(f"{count} labelled scan{'s' if count != 1 else ''}", body)
+    return section(f"{count} labelled scan{'s' if count != 1 else ''}", body)
 
 
 def _reading(reading: Reading) -> str:
@@ -161,51 +154,12 @@ def _how_to_read() -> str:
         ),
         ("Student, teacher", "The two networks of one training: the student learns, the teacher is its average."),
     )
-    entries = "".join(f"<dt>{escape(term)}<dd>{escape(text)}" for term, text in terms)
-    return f"<dl>{entries}</dl>"
-
-
-def _picture(picture: Picture) -> str:
-    title, caption = escape(picture.title), escape(picture.caption)
-    return (
-        f"<figure><figcaption><b>{title}</b><span>{caption}</span></figcaption>"
-        f'<img alt="{title}" src="{data_uri(picture.png)}"></figure>'
-    )
-
-
-def _failures(failed: Sequence[tuple[str, str]]) -> str:
-    if not failed:
-        return ""
-    items = "".join(f"<li><b>{escape(cell)}</b> {escape(why)}" for cell, why in failed)
-    return f"<aside><b>Failed, and in no table here; the same command tries them again</b><ul>{items}</ul></aside>"
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
+    return glossary(terms)
 
 
 _STYLE = """
-:root { color: #1f2933; background: #fff; font: 15px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-body { max-width: 1120px; margin: 0 auto; padding: 40px 28px 60px; }
-.over { margin: 0; color: #7b8794; font-size: 13px; letter-spacing: .04em; }
-h1 { margin: 0 0 12px; font-size: 30px; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin: 44px 0 14px; font-size: 20px; } h3 { margin: 26px 0 6px; font-size: 15px; }
-.lead { max-width: 46em; font-size: 17px; } .note { color: #616e7c; font-size: 13px; max-width: 62em; }
-.scroll { overflow-x: auto; margin-bottom: 12px; }
-table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 8px; text-align: right; vertical-align: baseline; font-weight: 400; white-space: nowrap; }
-thead th { color: #616e7c; font-size: 12px; border-bottom: 1px solid #cbd2d9; vertical-align: bottom;
-  white-space: normal; }
-tbody td, tbody th { border-bottom: 1px solid #eef0f3; } tbody th { font-weight: 600; }
+table { font-size: 13px; } th, td { padding: 4px 8px; } thead th { font-size: 12px; white-space: normal; }
 .text { text-align: left; } .better { color: #00664b; font-weight: 600; }
 .worse, .failed { color: #b44d12; font-weight: 600; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 8px 22px; max-width: 62em; margin: 0; }
-dl { font-size: 14px; } dt { font-weight: 600; } dd { margin: 0; color: #3e4c59; }
-figure { margin: 0 0 30px; } img { display: block; max-width: 100%; height: auto; }
-figcaption { margin-bottom: 6px; } figcaption span { color: #616e7c; margin-left: 12px; font-size: 14px; }
-aside { border: 1px solid #e0a27a; border-radius: 6px; padding: 12px 18px; margin-top: 24px; }
-aside ul { margin: 6px 0 0; padding-left: 20px; } details { margin-top: 14px; } summary { cursor: pointer; }
-footer { margin-top: 52px; color: #616e7c; font-size: 13px; border-top: 1px solid #cbd2d9; padding-top: 14px; }
-@media print { body { padding: 0; } figure, tr { break-inside: avoid; } }
-@media (max-width: 640px) { dl { grid-template-columns: 1fr; gap: 2px; } dd { margin-bottom: 8px; } }
+details { margin-top: 14px; } summary { cursor: pointer; }
 """

@@ -7,17 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from distseg.evaluation.figures import data_uri
 from distseg.evaluation.metrics import ScoreRow
-
-
-@dataclass(frozen=True)
-class Picture:
-    """`title` and `caption` are plain text; `png` the picture's bytes."""
-
-    title: str
-    caption: str
-    png: bytes
+from distseg.evaluation.page import Picture, document, failures_html, glossary, heading, picture_html, section
 
 
 @dataclass(frozen=True)
@@ -35,23 +26,15 @@ class ReportContent:
 
 def render_report(content: ReportContent) -> str:
     """The whole page."""
-    name = escape(content.run_name)
     parts = [
-        f"<header><p class=over>Segmentation report</p><h1>{name}</h1>{_lead(content)}</header>",
-        _failures(content.failed),
-        _section("Results", _summary_table(content) + _how_to_read()),
-        _section("Scans to look at", "".join(_picture(picture) for picture in content.scans)),
-        _section("Every scan", _scan_table(content)),
-        _section("How it was trained", _picture(content.curves)) if content.curves else "",
-        "<footer>Research use only. Not a medical device; not for diagnosis or treatment planning.</footer>",
+        heading("Segmentation report", content.run_name, _lead(content)),
+        failures_html(f"{_count(len(content.failed), 'scan')} failed and are in no figure here", content.failed),
+        section("Results", _summary_table(content) + _how_to_read()),
+        section("Scans to look at", "".join(map(picture_html, content.scans))),
+        section("Every scan", _scan_table(content)),
+        section("How it was trained", picture_html(content.curves) if content.curves else ""),
     ]
-    body = "\n".join(part for part in parts if part)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}: segmentation report</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
-    )
+    return document(f"{content.run_name}: segmentation report", parts=parts, style=_STYLE)
 
 
 def number(value: float | None, digits: int) -> str:
@@ -144,8 +127,7 @@ def _how_to_read() -> str:
             "The two networks of one training: the student learns, the teacher is its running average.",
         ),
     )
-    entries = "".join(f"<dt>{escape(term)}<dd>{escape(text)}" for term, text in terms)
-    return f"<h3>How to read this</h3><dl>{entries}</dl>"
+    return f"<h3>How to read this</h3>{glossary(terms)}"
 
 
 def _scan_table(content: ReportContent) -> str:
@@ -169,59 +151,19 @@ def _scan_table(content: ReportContent) -> str:
     return f"{note}<div class=scroll><table><thead>{head}</thead><tbody>{body}</tbody></table></div>"
 
 
-def _picture(picture: Picture) -> str:
-    title, caption = escape(picture.title), escape(picture.caption)
-    return (
-        f"<figure><figcaption><b>{title}</b><span>{caption}</span></figcaption>"
-        f'<img alt="{title}" src="{data_uri(picture.png)}"></figure>'
-    )
-
-
-def _failures(failed: Sequence[tuple[str, str]]) -> str:
-    if not failed:
-        return ""
-    items = "".join(f"<li><b>{escape(scan)}</b> {escape(why)}" for scan, why in failed)
-    return f"<aside><b>{_count(len(failed), 'scan')} failed and are in no figure here</b><ul>{items}</ul></aside>"
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
-
-
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 _STYLE = """
-:root { color: #1f2933; background: #fff; font: 15px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-body { max-width: 1080px; margin: 0 auto; padding: 40px 28px 60px; }
-.over { margin: 0; color: #7b8794; font-size: 13px; letter-spacing: .04em; }
-h1 { margin: 0 0 12px; font-size: 30px; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin: 44px 0 14px; font-size: 20px; } h3 { margin: 30px 0 8px; font-size: 15px; }
-.lead { max-width: 46em; font-size: 17px; } .note { color: #616e7c; font-size: 13px; }
 .tiles { display: flex; gap: 44px; margin: 24px 0 14px; flex-wrap: wrap; }
 .tiles div { display: flex; flex-direction: column; }
 .tiles b { font-size: 28px; font-weight: 600; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tiles span { color: #616e7c; font-size: 13px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 9px; text-align: right; vertical-align: baseline; font-weight: 400; white-space: nowrap; }
-thead th { color: #616e7c; font-size: 12.5px; border-bottom: 1px solid #cbd2d9; vertical-align: bottom; }
 thead th[colspan] { text-align: center; border-bottom-color: #e4e7eb; }
-tbody td { border-bottom: 1px solid #eef0f3; }
-tbody th { border-bottom: 1px solid #eef0f3; font-weight: 600; }
 tbody th, thead th:first-child, .kind, td[rowspan], .summary thead tr:first-child th:nth-child(-n+3),
 thead th:nth-child(2):not(.summary *) { text-align: left; }
 td[rowspan], tbody th[rowspan] { vertical-align: top; }
 .status { color: #b44d12; text-align: left; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 8px 22px; max-width: 62em; }
-dl { margin: 0; font-size: 14px; }
-dt { font-weight: 600; } dd { margin: 0; color: #3e4c59; }
-figure { margin: 0 0 30px; } img { display: block; width: 100%; height: auto; }
-figcaption { margin-bottom: 6px; } figcaption span { color: #616e7c; margin-left: 12px; font-size: 14px; }
-aside { border: 1px solid #e0a27a; border-radius: 6px; padding: 12px 18px; margin-top: 24px; }
-aside ul { margin: 6px 0 0; padding-left: 20px; }
-footer { margin-top: 52px; color: #616e7c; font-size: 13px; border-top: 1px solid #cbd2d9; padding-top: 14px; }
-@media print { body { padding: 0; } figure, tr { break-inside: avoid; } }
-@media (max-width: 640px) { dl { grid-template-columns: 1fr; gap: 2px; } dd { margin-bottom: 8px; } }
+img { width: 100%; }
 """

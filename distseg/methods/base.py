@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distseg.config.schema import MethodConfig
 from distseg.data.batch import Batch
-from distseg.networks.stochastic import Generators
+from distseg.networks.stochastic import Generators, stochastic_logits
 from distseg.networks.unet import NetworkOutput, UNet3D
 
 
@@ -73,6 +73,17 @@ class Method(ABC):
     def teacher_passes(self) -> int:
         """Stochastic forward passes of the teacher over each unlabelled patch, a step."""
         return 0
+
+    def stochastic_passes(self, teacher: UNet3D, batch: Batch, generators: Generators | None) -> Tensor:
+        """The teacher's `teacher_passes` passes over the unlabelled patches: logits [M, B, K, Z, Y, X]."""
+        return stochastic_logits(
+            teacher,
+            batch.unlabelled_image,
+            passes=self.teacher_passes,
+            noise_sigma=self.config.teacher_noise_sigma,
+            noise_clip=self.config.teacher_noise_clip,
+            generators=generators,
+        )
 
     @abstractmethod
     def teach(self, teacher: UNet3D, batch: Batch, at: At, generators: Generators | None) -> Targets:

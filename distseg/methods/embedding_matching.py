@@ -20,7 +20,7 @@ from distseg.losses.similarity_entropy import similarity_entropy
 from distseg.matching.prototypes import class_prototypes, prototype_similarity
 from distseg.methods.base import At, Method, Share, Targets, Terms, share
 from distseg.methods.uncertainty import reliable_voxels, uncertainty_and_label
-from distseg.networks.stochastic import Generators, stochastic_logits
+from distseg.networks.stochastic import Generators
 from distseg.networks.unet import NetworkOutput, UNet3D
 
 
@@ -43,14 +43,7 @@ class EmbeddingMatching(Method):
     def teach(self, teacher: UNet3D, batch: Batch, at: At, generators: Generators | None) -> Targets:
         """M stochastic passes on the unlabelled patches, one deterministic pass on the reference patches."""
         with torch.inference_mode():
-            passes = stochastic_logits(
-                teacher,
-                batch.unlabelled_image,
-                passes=self.teacher_passes,
-                noise_sigma=self.config.teacher_noise_sigma,
-                noise_clip=self.config.teacher_noise_clip,
-                generators=generators,
-            )  # [M, B, K, Z, Y, X]
+            passes = self.stochastic_passes(teacher, batch, generators)  # [M, B, K, Z, Y, X]
             entropy, label = uncertainty_and_label(passes, uncertainty=self.config.uncertainty)
             reliable, threshold = reliable_voxels(entropy, self.config, at=at, num_classes=self.num_classes)
             embeddings = teacher(batch.reference_image).embeddings

@@ -13,7 +13,7 @@ from distseg.data.batch import Batch
 from distseg.losses.consistency import consistency_loss
 from distseg.losses.schedules import ramp_up
 from distseg.methods.base import At, Method, Targets, Terms, share
-from distseg.networks.stochastic import Generators, stochastic_logits
+from distseg.networks.stochastic import Generators
 from distseg.networks.unet import NetworkOutput, UNet3D
 
 
@@ -29,14 +29,7 @@ class MeanTeacher(Method):
 
     @torch.no_grad()
     def teach(self, teacher: UNet3D, batch: Batch, at: At, generators: Generators | None) -> Targets:
-        logits = stochastic_logits(
-            teacher,
-            batch.unlabelled_image,
-            passes=self.teacher_passes,
-            noise_sigma=self.config.teacher_noise_sigma,
-            noise_clip=self.config.teacher_noise_clip,
-            generators=generators,
-        )
+        logits = self.stochastic_passes(teacher, batch, generators)
         return Targets(logits=logits[0])
 
     def terms(self, output: NetworkOutput, targets: Targets) -> Terms:

@@ -14,7 +14,7 @@ from distseg.losses.consistency import consistency_loss
 from distseg.methods.base import At, Targets, Terms, share
 from distseg.methods.mean_teacher import MeanTeacher
 from distseg.methods.uncertainty import reliable_voxels, uncertainty_and_label
-from distseg.networks.stochastic import Generators, stochastic_logits
+from distseg.networks.stochastic import Generators
 from distseg.networks.unet import NetworkOutput, UNet3D
 
 
@@ -27,14 +27,7 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
 
     @torch.no_grad()
     def teach(self, teacher: UNet3D, batch: Batch, at: At, generators: Generators | None) -> Targets:
-        passes = stochastic_logits(
-            teacher,
-            batch.unlabelled_image,
-            passes=self.teacher_passes,
-            noise_sigma=self.config.teacher_noise_sigma,
-            noise_clip=self.config.teacher_noise_clip,
-            generators=generators,
-        )
+        passes = self.stochastic_passes(teacher, batch, generators)
         entropy, label = uncertainty_and_label(passes[1:], uncertainty=self.config.uncertainty)
         reliable, threshold = reliable_voxels(entropy, self.config, at=at, num_classes=self.num_classes)
         return Targets(label=label, reliable=reliable, logits=passes[0], threshold_nats=threshold)

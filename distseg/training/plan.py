@@ -158,15 +158,16 @@ def _flips(
     config: TrainRunConfig, class_names: Sequence[str]
 ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], str | None]:
     """Axes that may flip and classes that swap with the left-right one (METHOD trap 8)."""
-    if not config.augment.flip:
+    if config.augment.flip == "none":
         return (), (), None
+    axes = (0, 1, LEFT_RIGHT) if config.augment.flip == "all" else (LEFT_RIGHT,)
     if config.data.mirror_pairs is not None:
-        return (0, 1, 2), tuple(_pair(pair, class_names) for pair in config.data.mirror_pairs), None
+        return axes, tuple(_pair(pair, class_names) for pair in config.data.mirror_pairs), None
     lateral = lateral_classes(class_names)
     if lateral:
         note = f"left-right flips are off: {', '.join(lateral)} have a side (data.mirror_pairs turns them on, swapped)"
-        return tuple(axis for axis in (0, 1, 2) if axis != LEFT_RIGHT), (), note
-    return (0, 1, 2), (), None
+        return axes[:-1], (), note
+    return axes, (), None
 
 
 def _pair(pair: Sequence[str], class_names: Sequence[str]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from distseg.evaluation.benchmark_grids import Grid, comparison_grid, markdown, 
 from distseg.evaluation.benchmark_page import BenchmarkPage, markdown_head, render_page
 from distseg.evaluation.benchmark_tables import METRICS, RunScores, comparisons_csv, make_readings, summary_csv, to_csv
 from distseg.evaluation.figures import comparison_figure, png_bytes
-from distseg.evaluation.report import Picture
+from distseg.evaluation.page import Picture
 from distseg.training.run import RunDirectory, write_atomic
 from distseg.work.benchmark_cells import Cell
 from distseg.work.benchmark_checks import Benchmark

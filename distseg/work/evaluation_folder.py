@@ -26,7 +26,8 @@ import numpy as np
 from distseg.evaluation.curves import training_curves
 from distseg.evaluation.figures import Plane, grey_window, png_bytes, scan_figure
 from distseg.evaluation.metrics import ScoreRow
-from distseg.evaluation.report import Picture, ReportContent, render_report
+from distseg.evaluation.page import Picture
+from distseg.evaluation.report import ReportContent, render_report
 
 
 @dataclass(frozen=True)

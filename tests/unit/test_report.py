@@ -10,7 +10,8 @@ import pytest
 from distseg.evaluation import figures
 from distseg.evaluation.curves import running_mean, training_curves
 from distseg.evaluation.metrics import ClassScore, ScoreRow, summarise
-from distseg.evaluation.report import Picture, ReportContent, render_report
+from distseg.evaluation.page import Picture
+from distseg.evaluation.report import ReportContent, render_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
