@@ -87,8 +87,8 @@ class AugmentConfig:
     """Augmentation of both halves of a slot. Intensities are z-scored, so sigmas and shifts are in those units."""
 
     # left_right: the one flip that leaves anatomy anatomy, where no class is lateral; all: each axis with probability
-    # 1/2, which costs a short run more than it gives (tests/bench/RESULTS.md).
-    flip: str = "left_right"
+    # 1/2. In short runs none was best by far (tests/bench/RESULTS.md).
+    flip: str = "none"
     intensity_scale: float = 0.1  # contrast factor in 1 +- this
     intensity_shift: float = 0.1  # brightness offset in +- this
     student_noise_sigma: float = 0.02

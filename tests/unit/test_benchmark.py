@@ -361,7 +361,7 @@ def test_a_bad_suite_is_one_line(start: Callable[..., Any], tmp_path: Path, chan
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ({"augment.flip": "none"}, r"rows\.x and rows\.supervised.*augment\.flip: none and left_right"),
+        ({"augment.flip": "all"}, r"rows\.x and rows\.supervised.*augment\.flip: all and none"),
         ({"network.base_filters": 4}, r"network\.base_filters: 4 and 2"),
         ({"train.ema_decay": 0.9}, r"train\.ema_decay"),
     ],

@@ -373,17 +373,19 @@ def flips(names: list[str], **overrides: Any) -> tuple[Any, ...]:
 
 
 def test_which_axes_flip() -> None:
-    assert flips(["hip"]) == ((2,), (), None)
+    assert flips(["hip"]) == ((), (), None)
+    assert flips(["hip"], augment__flip="left_right") == ((2,), (), None)
     assert flips(["hip"], augment__flip="all") == ((0, 1, 2), (), None)
     assert flips(["hip"], augment__flip="none") == ((), (), None)
-    assert flips(["hip_left", "hip_right"])[0] == ()
+    assert flips(["hip_left", "hip_right"], augment__flip="left_right")[0] == ()
     axes, swap, note = flips(["hip_left", "hip_right"], augment__flip="all")
     assert (axes, swap) == ((0, 1), ())
     assert note.startswith("left-right flips are off: hip_left, hip_right have a side")
     pairs = [["hip_left", "hip_right"]]
-    assert flips(["hip_left", "hip_right"], data__mirror_pairs=pairs) == ((2,), ((1, 2),), None)
+    swapped = flips(["hip_left", "hip_right"], augment__flip="left_right", data__mirror_pairs=pairs)
+    assert swapped == ((2,), ((1, 2),), None)
     with pytest.raises(ConfigError, match=r"data\.mirror_pairs: not a pair of classes \(got \['hip_left', 'hipp'\]\)"):
-        flips(["hip_left", "hip_right"], data__mirror_pairs=[["hip_left", "hipp"]])
+        flips(["a", "b"], augment__flip="all", data__mirror_pairs=[["hip_left", "hipp"]])
 
 
 # Intensity
