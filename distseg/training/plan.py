@@ -159,6 +159,13 @@ def _flips(
 ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], str | None]:
     """Axes that may flip and classes that swap with the left-right one (METHOD trap 8)."""
     if config.augment.flip == "none":
+        if config.data.mirror_pairs is not None:
+            raise ConfigError(
+                "classes swap under a flip, and flips are off",
+                where="data.mirror_pairs",
+                value=config.data.mirror_pairs,
+                fix="set augment.flip=left_right",
+            )
         return (), (), None
     axes = (0, 1, LEFT_RIGHT) if config.augment.flip == "all" else (LEFT_RIGHT,)
     if config.data.mirror_pairs is not None:

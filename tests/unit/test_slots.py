@@ -384,6 +384,8 @@ def test_which_axes_flip() -> None:
     pairs = [["hip_left", "hip_right"]]
     swapped = flips(["hip_left", "hip_right"], augment__flip="left_right", data__mirror_pairs=pairs)
     assert swapped == ((2,), ((1, 2),), None)
+    with pytest.raises(ConfigError, match=r"data\.mirror_pairs: classes swap under a flip, and flips are off"):
+        flips(["hip_left", "hip_right"], data__mirror_pairs=pairs)
     with pytest.raises(ConfigError, match=r"data\.mirror_pairs: not a pair of classes \(got \['hip_left', 'hipp'\]\)"):
         flips(["a", "b"], augment__flip="all", data__mirror_pairs=[["hip_left", "hipp"]])
 
