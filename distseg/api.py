@@ -289,8 +289,11 @@ def _absolute(config: Config, *names: str) -> Config:
     paths: dict[str, str] = {}
     for name in names:
         path = getattr(config, name)
-        if path is None or "://" in path:
+        if path is None:
             continue
+        if "://" in path:
+            rule = "a folder or file of this file system, mounted storage included"
+            raise ConfigError("not a local path", where=name, value=path, rule=rule, fix=f"set {name}=PATH")
         if not path.strip():
             raise ConfigError("empty path", where=name, fix=f"set {name}=PATH")
         if "\0" in path:

@@ -6,6 +6,7 @@ Knows neither Hydra nor OmegaConf: `cli` hands it parsed overrides. Path values 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from distseg.errors import ConfigError
 # Values that are paths or ids: taken as typed, never parsed as numbers, lists, sweeps or interpolations.
 VERBATIM_KEYS = frozenset(
     (
-        "cohort", "run", "source", "input", "output", "train.init_from", "data.pseudo_labels", "scan", "name",
+        "cohort", "run", "source", "input", "output", "train.init_from", "scan", "name",
         "suite", "phase_a_from",
     )
 )  # fmt: skip
@@ -191,18 +192,24 @@ def _show_cohort(config: Any, records: Any) -> None:
 
 
 def _show_train(_config: Any, result: Any) -> None:
-    print(f"{result.run}: trained to step {result.steps}")
+    if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
+        print(f"{result.run}: trained to step {result.steps}")
 
 
 def _show_evaluate(config: Any, metrics: Any) -> None:
     print(f"{config.run}: {metrics['split']}, {metrics['scans']} scans")
     for name, values in metrics["classes"].items():
         means = "  ".join(
-            f"{label} {values[key]['mean']:.3f}"
+            f"{label} {_figure(values[key]['mean'])}"
             for key, label in (("iou", "IoU"), ("dice", "Dice"), ("hd95_mm", "HD95 mm"), ("asd_mm", "ASD mm"))
         )
         print(f"{name}: {means}  missed {values['missed']}")
     print(f"report: {config.run}/evaluation/{config.name or config.split}/report.html")
+
+
+def _figure(mean: float | None) -> str:
+    """A dash where no scan of the split counts for the class."""
+    return "-" if mean is None else f"{mean:.3f}"
 
 
 def _show_predict(config: Any, report: Any) -> None:

@@ -4,7 +4,10 @@
 Hydra, `compose.train_config` merges the same mappings. Later groups win: method, preset, `ON_GPU`,
 `PRESET_METHOD` (what a preset says about one method), matching where it was asked for, then the user's own keys.
 
-`small` and `full` are one recipe at two sizes. `xie2024` is the paper to the letter (METHOD sections 1 and 2b).
+`small` and `full` are one recipe at two sizes. `xie2024` is the paper to the letter (METHOD sections 1 and 2b), but for
+two things: CT is clipped to percentiles before its z-score (DESIGN section 5), and the last checkpoint is the model,
+where the paper tests the one with the lowest validation Hausdorff distance (train.select=val takes the best Dice on
+validation patches).
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ PRESETS: dict[str, Values] = {
 PRESET_METHOD: dict[tuple[str, str], Values] = {
     ("xie2024", "embedding_matching"): {
         "matching": {"kind": "prototypes"},
-        "references": {"k": 16, "draws": 5},
+        "references": {"k": 16, "draws": 5, "without_surface": "none"},
         "method": {
             "weight_ua": 0.25,
             "weight_nn": 0.125,

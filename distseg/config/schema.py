@@ -37,6 +37,7 @@ class DataConfig:
             )
         if self.labeled_scans is not None:
             at_least("data.labeled_scans", self.labeled_scans, 1)
+        at_least("data.subset_seed", self.subset_seed, 0)
         between("data.memory_gib", self.memory_gib, 0.0, 1e5)
 
 
@@ -111,7 +112,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         between("optimizer.lr", self.lr, 1e-8, 10.0)
-        require(len(self.betas) == 2, "optimizer.betas", self.betas, "two numbers", "set optimizer.betas=[0.9,0.99]")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "optimizer.betas",
+            self.betas,
+            "two numbers in [0, 1)",
+            "set optimizer.betas=[0.9,0.99]",
+        )
         one_of("optimizer.schedule", self.schedule, ("constant", "poly"))
         if self.schedule_steps is not None:
             at_least("optimizer.schedule_steps", self.schedule_steps, 1)
@@ -161,8 +168,12 @@ class ReferencesConfig:
 
     k: int = 16
     draws: int = 5
+    # Where the slot's labelled patch shows no surface: scan takes another patch of its scan, none leaves L_NN and L_EN
+    # out for the slot (METHOD section 2b).
+    without_surface: str = "scan"
 
     def __post_init__(self) -> None:
+        one_of("references.without_surface", self.without_surface, ("scan", "none"))
         at_least("references.k", self.k, 1)
         at_least("references.draws", self.draws, 1)
 
@@ -225,6 +236,9 @@ class LoggingConfig:
     tensorboard: bool = True
     tensorboard_every_steps: int = 10
 
+    def __post_init__(self) -> None:
+        at_least("logging.tensorboard_every_steps", self.tensorboard_every_steps, 1)
+
 
 @dataclass
 class TrainRunConfig:
@@ -251,6 +265,21 @@ class TrainRunConfig:
     def __post_init__(self) -> None:
         one_of("preset", self.preset, PRESET_NAMES)
         one_of("launcher", self.launcher, LAUNCHERS)
+        at_least("seed", self.seed, 0)
+        require(
+            self.method.name == "supervised" or self.network.dropout_rate > 0,
+            "network.dropout_rate",
+            self.network.dropout_rate,
+            f"above 0 with method={self.method.name}: its teacher's passes differ by dropout",
+            "set network.dropout_rate=0.15",
+        )
+        require(
+            not self.train.activation_checkpointing or self.resources.gpus_per_worker > 0,
+            "train.activation_checkpointing",
+            True,
+            "false on a CPU: a recomputed pass would draw other dropout masks than the first",
+            "set train.slots_per_pass=1 to save memory on a CPU",
+        )
         stride = 2 ** (self.network.levels - 1)
         require(
             all(size % stride == 0 for size in self.sampling.patch_zyx),

@@ -52,6 +52,15 @@ class ScanRecord:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ScanRecord:
+        """Raises DataError for a line that lacks a field or holds something else in it."""
+        try:
+            return cls._parsed(data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"a line of the cohort's index is damaged: {type(error).__name__} {error}"
+            raise DataError(what, value=str(data)[:80], fix="run distseg cohort action=repair") from error
+
+    @classmethod
+    def _parsed(cls, data: Mapping[str, Any]) -> ScanRecord:
         return cls(
             scan_id=str(data["id"]),
             shape=shape3(data["shape"]),

@@ -20,12 +20,24 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
+        self._stopped = False
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Sections inside are not counted."""
+        self._stopped = True
+        try:
+            yield
+        finally:
+            self._stopped = False
+
+    @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        if self._on_gpu:
+        if self._stopped:
+            yield
+        elif self._on_gpu:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
             start.record()
             yield

@@ -8,17 +8,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
+from distseg.config.schema import ReferencesConfig
 from distseg.data.batch import Batch, collate
 from distseg.data.keys import Purpose, generator
 from distseg.data.slots import Patch, SlotSampler
-from distseg.matching.surface import draw_references, has_surface, surface_bands
+from distseg.matching.surface import BoolArray, IntArray, draw_references, has_surface, surface_bands
 
 
 class Feed:
     """The batch of any step, for one rank.
 
     Args:
-        references: (k, draws) where the method matches against the slot's labelled patch, else None.
+        references: how to draw them where the method matches against the slot's labelled patch, else None.
         diagnostics: open the hidden truth of unlabelled scans in `truth_of`, to be measured and never trained on.
     """
 
@@ -28,7 +29,7 @@ class Feed:
         *,
         slots: tuple[int, ...],
         num_classes: int,
-        references: tuple[int, int] | None,
+        references: ReferencesConfig | None,
         needs_unlabelled: bool,
         truth_of: frozenset[str] = frozenset(),
     ) -> None:
@@ -70,23 +71,26 @@ class Feed:
             hidden_target=hidden,
         )
 
-    def _draw(self, labelled: Patch, step: int, slot: int) -> tuple[Patch, np.ndarray, np.ndarray]:
-        """References from the labelled patch, or, where it has no surface, from a patch of its scan that has one."""
+    def _draw(self, labelled: Patch, step: int, slot: int) -> tuple[Patch, IntArray, BoolArray]:
+        """References from the labelled patch; where it has no surface, maybe from a patch of its scan that has one."""
         if self._references is None:
             return labelled, np.zeros((self._num_classes, 1), np.int64), np.zeros(self._num_classes, np.bool_)
-        k, draws = self._references
-        patch = labelled
-        for candidate in (labelled, self._sampler.reference_patch(labelled, step, slot)):
-            if candidate is None or candidate.label is None:
-                continue
-            patch = candidate
-            rng = generator(self._sampler.seed, Purpose.REFERENCES, step, slot)
-            index, present = draw_references(
-                surface_bands(candidate.label, self._num_classes), k=k, draws=draws, generator=rng
-            )
-            if has_surface(present):
-                break
-        return patch, index, present
+        index, present = self._surface_references(labelled, step, slot)
+        if not has_surface(present) and self._references.without_surface == "scan":
+            other = self._sampler.reference_patch(labelled, step, slot)
+            if other is not None:
+                return other, *self._surface_references(other, step, slot)
+        return labelled, index, present
+
+    def _surface_references(self, patch: Patch, step: int, slot: int) -> tuple[IntArray, BoolArray]:
+        assert self._references is not None, "the method matches"
+        assert patch.label is not None, "the sampler cuts labelled patches with their labels"
+        return draw_references(
+            surface_bands(patch.label, self._num_classes),
+            k=self._references.k,
+            draws=self._references.draws,
+            generator=generator(self._sampler.seed, Purpose.REFERENCES, step, slot),
+        )
 
     def _hidden_truth(self, step: int, slot: int, unlabelled: Patch) -> torch.Tensor:
         if unlabelled.scan_id not in self._truth_of:

@@ -7,11 +7,11 @@ import os
 import torch
 
 from distseg.config.schema import TrainRunConfig
-from distseg.errors import ConfigError
+from distseg.errors import ConfigError, DistsegError
 from distseg.training.loop import TrainResult, set_threads, train_rank
 from distseg.training.progress import TerminalReporter
 from distseg.training.reduce import Communicator, SingleProcess, TorchDistributed
-from distseg.training.setup import open_run
+from distseg.training.setup import open_run, wants_gpu
 
 
 def train_local(config: TrainRunConfig) -> TrainResult:
@@ -31,6 +31,7 @@ def train_local(config: TrainRunConfig) -> TrainResult:
             value=world_size,
             rule=f"at most train.batch_size = {config.train.batch_size}",
         )
+    wants_gpu(config)  # before anything is written
     cores = len(os.sched_getaffinity(0))
     set_threads(config, max(1, cores // world_size))
     if world_size == 1:
@@ -46,8 +47,23 @@ def train_local(config: TrainRunConfig) -> TrainResult:
 
 
 def _train(config: TrainRunConfig, communicator: Communicator) -> TrainResult:
-    if communicator.rank == 0:
-        open_run(config)
-    communicator.barrier()
+    _open_once(config, communicator)
     with TerminalReporter(title=config.run, enabled=config.logging.progress and communicator.rank == 0) as reporter:
         return train_rank(config, communicator=communicator, reporter=reporter)
+
+
+def _open_once(config: TrainRunConfig, communicator: Communicator) -> None:
+    """Rank 0 opens the run; where it cannot, it alone says why and all ranks stop. All ranks must call."""
+    error: DistsegError | None = None
+    if communicator.rank == 0:
+        try:
+            open_run(config)
+        except DistsegError as refused:
+            error = refused
+    if communicator.world_size > 1:
+        exit_codes = [None if error is None else error.exit_code]
+        torch.distributed.broadcast_object_list(exit_codes)
+        if communicator.rank > 0 and exit_codes[0] is not None:
+            raise SystemExit(exit_codes[0])
+    if error is not None:
+        raise error

@@ -51,13 +51,14 @@ class StepLog:
         reporter: Reporter | None,
         config: LoggingConfig,
         flush_steps: int,
+        first_step: int,
     ) -> None:
         self._run, self._method, self._batch_size = run, method, batch_size
         self._clock, self._reporter, self._config, self._flush_steps = clock, reporter, config, flush_steps
         self._pending: list[tuple[At, tuple[str, ...], Tensor, tuple[str, ...], dict[str, float]]] = []
         self._waited_s, self._since = 0.0, time.perf_counter()
         self._alarms = Alarms(run.metrics()[-WINDOW:] if reporter is not None else ())
-        self._writer = _tensorboard(run, config) if reporter is not None else None
+        self._writer = _tensorboard(run, config, first_step) if reporter is not None else None
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -70,7 +71,8 @@ class StepLog:
     def pausing(self) -> Iterator[None]:
         """Inside is time that belongs to no step: validation, a checkpoint."""
         begun = time.perf_counter()
-        yield
+        with self._clock.stopped():
+            yield
         self._since += time.perf_counter() - begun
 
     def add(self, at: At, logged: Mapping[str, Tensor], scan_ids: tuple[str, ...], extra: dict[str, float]) -> None:
@@ -122,9 +124,10 @@ def _refuse_non_finite(row: Row, scan_ids: tuple[str, ...]) -> None:
         raise NonFiniteLossError(step=int(row["step"]), terms=terms, scans=list(scan_ids))
 
 
-def _tensorboard(run: RunDirectory, config: LoggingConfig) -> Any:
+def _tensorboard(run: RunDirectory, config: LoggingConfig, first_step: int) -> Any:
     if not config.tensorboard:
         return None
     from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(run.path / "tensorboard"))
+    # What a run that was cut back had written after its checkpoint is purged.
+    return SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step)

@@ -72,6 +72,7 @@ def _train(session: Session, communicator: Communicator, reporter: Reporter) -> 
         reporter=reporter if leads else None,
         config=config.logging,
         flush_steps=StepLog.GPU_FLUSH_STEPS if device.type == "cuda" else 1,
+        first_step=session.first_step,
     )
     looks = _Looks.of(session, communicator)
     if session.doubt and config.train.init_from is not None and session.first_step == 1:

@@ -16,7 +16,6 @@ class TerminalReporter:
     """Draws on stderr, so that stdout stays for results. Use as a context manager."""
 
     def __init__(self, *, title: str, enabled: bool) -> None:
-        self._enabled = enabled
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -50,8 +49,8 @@ class TerminalReporter:
         pass  # the bar says enough
 
     def note(self, text: str) -> None:
-        if self._enabled:
-            self._console.print(f"note: {text}", style="yellow", highlight=False, markup=False)
+        """Said with and without a bar."""
+        self._console.print(f"note: {text}", style="yellow", highlight=False, markup=False)
 
 
 def figures(row: Mapping[str, Any]) -> str:

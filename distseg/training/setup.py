@@ -70,8 +70,7 @@ def start_session(config: TrainRunConfig, communicator: Communicator) -> Session
     if stored is None:
         raise RuntimeError("open_run comes first")  # an invariant of the launchers
     plan = stored.plan
-    _refuse_recomputing_on_cpu(config)
-    device = torch.device("cuda", torch.cuda.current_device()) if _wants_gpu(config) else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if wants_gpu(config) else torch.device("cpu")
     precision = config.train.precision
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
@@ -162,7 +161,7 @@ def _feed(
         sampler,
         slots=tuple(range(communicator.rank, config.train.batch_size, communicator.world_size)),
         num_classes=plan.num_classes,
-        references=(config.references.k, config.references.draws) if method.needs_references else None,
+        references=config.references if method.needs_references else None,
         needs_unlabelled=method.uses_unlabelled,
         truth_of=annotated if config.train.diagnostics else frozenset(),
     )
@@ -184,18 +183,8 @@ def _doubt(
     )
 
 
-def _refuse_recomputing_on_cpu(config: TrainRunConfig) -> None:
-    """A recomputed pass would draw on from the slots' generators: other masks than the first pass had."""
-    if config.train.activation_checkpointing and config.resources.gpus_per_worker <= 0:
-        raise ConfigError(
-            "activation checkpointing is for GPUs",
-            where="train.activation_checkpointing",
-            value=True,
-            fix="set train.slots_per_pass=1 to save memory on a CPU",
-        )
-
-
-def _wants_gpu(config: TrainRunConfig) -> bool:
+def wants_gpu(config: TrainRunConfig) -> bool:
+    """Whether this process trains on a GPU. Raises ConfigError if it should and sees none."""
     if config.resources.gpus_per_worker <= 0:
         return False
     if not torch.cuda.is_available():

@@ -25,6 +25,7 @@ from distseg.config.compose import train_config
 from distseg.config.schema import DemoConfig, EvaluateConfig, IngestConfig, TrainRunConfig
 from distseg.data.phantom import write_phantoms
 from distseg.errors import RunMismatchError
+from distseg.evaluation.report import number
 
 METHODS = ("supervised", "embedding_matching")
 SPLIT = "val"
@@ -131,7 +132,7 @@ def _print_table(metrics: dict[str, dict[str, Any]]) -> None:
         for values in measured["classes"].values():
             table.add_row(
                 method,
-                *(f"{values[key]['mean']:.{digits}f}" for key, digits in (("dice", 3), ("iou", 3), ("hd95_mm", 1))),
+                *(number(values[key]["mean"], digits) for key, digits in (("dice", 3), ("iou", 3), ("hd95_mm", 1))),
                 str(values["missed"]),
             )
     Console().print(table)

@@ -20,7 +20,7 @@ from distseg.config.compose import train_config
 from distseg.config.presets import METHODS, PRESETS
 from distseg.config.schema import PredictConfig
 from distseg.doors import VERBS, Verb, literal_override, nearest_key
-from distseg.errors import DataError, FinishedWithFailures
+from distseg.errors import ConfigError, DataError, FinishedWithFailures
 
 
 @pytest.fixture
@@ -142,16 +142,19 @@ def test_branching_from_any_path(caught: list[Any], path: str) -> None:
     assert (caught[0].run, caught[0].train.init_from) == (path, path)
 
 
-def test_api_makes_paths_absolute_and_leaves_urls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_api_makes_paths_absolute_and_refuses_urls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from distseg.training import local
 
     seen: list[Any] = []
     monkeypatch.setattr(local, "train_local", seen.append)
     monkeypatch.chdir(tmp_path)
     overrides = {"launcher": "local", "train.init_from": "w${x}"}
-    api.train(cohort="s3://bucket/c.zarr", run="${r}", overrides=overrides)
-    assert (seen[0].cohort, seen[0].run) == ("s3://bucket/c.zarr", str(tmp_path / "${r}"))
+    api.train(cohort="c.zarr", run="${r}", overrides=overrides)
+    assert (seen[0].cohort, seen[0].run) == (str(tmp_path / "c.zarr"), str(tmp_path / "${r}"))
     assert seen[0].train.init_from == str(tmp_path / "w${x}")
+    with pytest.raises(ConfigError, match=r"run: not a local path \(got s3://bucket/r\)"):
+        api.train(cohort="c.zarr", run="s3://bucket/r")
+    assert len(seen) == 1
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

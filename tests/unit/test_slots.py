@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distseg.config.compose import train_config
+from distseg.config.schema import ReferencesConfig
 from distseg.data.augment import LEFT_RIGHT, Augmentation, lateral_classes
 from distseg.data.batch import collate
 from distseg.data.cohort import Cohort
@@ -172,7 +173,13 @@ def test_ranks_cut_what_one_would(cohort_path: str) -> None:
     """Slots 0 to 3 on one rank, on two and on four; with the next batch cut in a thread."""
 
     def feed(slots: tuple[int, ...]) -> Feed:
-        return Feed(sampler(reader(cohort_path)), slots=slots, num_classes=3, references=(4, 2), needs_unlabelled=True)
+        return Feed(
+            sampler(reader(cohort_path)),
+            slots=slots,
+            num_classes=3,
+            references=ReferencesConfig(k=4, draws=2),
+            needs_unlabelled=True,
+        )
 
     alone = list(feed((0, 1, 2, 3)).ahead(1, 2))
     for world_size in (2, 4):
@@ -266,7 +273,7 @@ def test_every_slot_gets_a_surface(cohort_path: str) -> None:
         sampler(reader(cohort_path), foreground_share=0.0),
         slots=(0, 1, 2, 3),
         num_classes=3,
-        references=(4, 2),
+        references=ReferencesConfig(k=4, draws=2),
         needs_unlabelled=True,
     )
     helped = 0
@@ -283,6 +290,23 @@ def test_every_slot_gets_a_surface(cohort_path: str) -> None:
                     index = batch.reference_index[slot, value].numpy()
                     assert not batch.reference_present[slot, value] or own[value].flat[index].all()
     assert helped > 0
+
+
+def test_without_surface_none_leaves_the_slot_without_references(cohort_path: str) -> None:
+    """xie2024, to the letter: the labelled patch alone serves its partner."""
+    settings = train_config(cohort="c", run="r", preset="xie2024").references
+    assert settings.without_surface == "none"
+    feed = Feed(
+        sampler(reader(cohort_path), foreground_share=0.0),
+        slots=tuple(range(8)),
+        num_classes=3,
+        references=settings,
+        needs_unlabelled=True,
+    )
+    batches = [feed.batch(step) for step in range(1, 4)]
+    assert all(torch.equal(batch.reference_image, batch.labelled_image) for batch in batches)
+    shown = [has_surface(present.numpy()) for batch in batches for present in batch.reference_present]
+    assert 0 < sum(shown) < len(shown)
 
 
 def test_hidden_truth_is_open_to_diagnostics_alone(cohort_path: str) -> None:
@@ -428,7 +452,7 @@ def test_constant_foreground_does_not_divide_by_zero() -> None:
 
 def test_references_are_drawn_by_key(cohort_path: str) -> None:
     """Slot 1's references do not depend on which other slots the rank has."""
-    arguments = {"num_classes": 3, "references": (4, 2), "needs_unlabelled": True}
+    arguments = {"num_classes": 3, "references": ReferencesConfig(k=4, draws=2), "needs_unlabelled": True}
     together = Feed(sampler(reader(cohort_path)), slots=(0, 1), **arguments).batch(4)
     alone = Feed(sampler(reader(cohort_path)), slots=(1,), **arguments).batch(4)
     assert torch.equal(together.reference_index[1:], alone.reference_index)

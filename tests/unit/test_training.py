@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -694,3 +698,54 @@ def test_a_run_in_a_folder_with_an_interpolation_in_its_name(cohort_path: str, t
     stored = RunDirectory(run).stored()
     assert stored is not None
     assert stored.config.run == str(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.activation_checkpointing", True, r"train\.activation_checkpointing: .*false on a CPU"),
+        ("network.dropout_rate", 0.0, r"network\.dropout_rate: .*its teacher's passes differ by dropout"),
+        ("optimizer.betas", [2, 3], r"optimizer\.betas: .*two numbers in \[0, 1\)"),
+        ("seed", -1, r"seed: .*at least 0"),
+        ("data.subset_seed", -1, r"data\.subset_seed: .*at least 0"),
+        ("logging.tensorboard_every_steps", 0, r"logging\.tensorboard_every_steps: .*at least 1"),
+    ],
+)
+def test_what_cannot_train_is_refused_before_a_run_is_made(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train_config(cohort="c", run="r", overrides={key: value})
+
+
+def test_validation_is_in_no_step_time(cohort_path: str, tmp_path: Path) -> None:
+    more = {"method": "supervised", "train__steps": 3, "train__validate_every_steps": 1}
+    train(config(cohort_path, tmp_path / "run", **more, train__validation_patches=40))
+    rows = RunDirectory(tmp_path / "run").metrics()
+    assert all("val_dice" in row for row in rows)
+    assert all(row["time_network_s"] < row["time_step_s"] for row in rows)
+
+
+def test_only_rank_0_says_why_a_run_cannot_open(tmp_path: Path) -> None:
+    """Two real processes, as torchrun starts them: both end with the error's exit code, neither waits for the other."""
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "distseg.cli", "train", f"cohort={tmp_path}/none.zarr", f"run={tmp_path}/run"]
+    ranks = [
+        subprocess.Popen(
+            [*command, "launcher=local"],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2]
+    assert "no cohort there" in said[0]
+    assert "no cohort there" not in said[1]
+    assert "internal error" not in "".join(said)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
