@@ -1,23 +1,26 @@
 """Masks for files: each in its input's own grid, uint8, whole or not at all.
 
     OUT/CASE.nii.gz      one per input
-    OUT/.distseg.json    which model made them
+    OUT/.distseg.json    of each mask: digest of the model, network, overlap, SHA-256 of the input
 
-The same call again does what is still to do. A mask of another model, or a file of someone else's, is never replaced.
+The same call again does what is still to do. A mask is kept only if the record says that all four are this call's; any
+other file where a mask is to go stops the call before it works, and is never replaced.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from distseg.data.nifti import read_nifti, write_nifti
+from distseg.data.nifti import file_sha256, read_nifti, write_nifti
 from distseg.errors import DataError, InputError
 from distseg.inference.whole_scan import ScanIntensity, cached_model, model_fingerprint, segment_scan, use_threads
 from distseg.work.executor import Executor, available_cores
@@ -25,6 +28,7 @@ from distseg.work.executor import Executor, available_cores
 SUFFIXES = (".nii.gz", ".nii")
 CHANNEL = "_0000"  # nnU-Net's first channel; the mask is named without it
 RECORD = ".distseg.json"
+RECORDED = ("model", "network", "overlap", "input_sha256")
 
 
 @dataclass
@@ -42,9 +46,19 @@ class _Task:
     fingerprint: str
     image: str
     mask: str
+    staged: str
     network: str
     overlap: float
     threads: int
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A mask that waits under its staged name, and its entry of the record."""
+
+    mask: str
+    staged: str
+    entry: dict[str, Any]
 
 
 def predict_files(
@@ -58,28 +72,35 @@ def predict_files(
     fingerprint = model_fingerprint(run)
     pairs = _pairs(Path(input), Path(output))
     made_by = {"model": fingerprint, "network": network, "overlap": overlap}
-    single_file = _is_nifti(Path(output))
-    existing = [mask for _, mask in pairs if mask.exists()]
-    _refuse_others_masks(Path(output), existing, made_by, single_file=single_file)
-    if not single_file:
-        _write_record(Path(output), made_by)
+    record = None if _is_nifti(Path(output)) else Path(output) / RECORD
+    existing = {mask: image for image, mask in pairs if mask.exists()}
+    _refuse_others_masks(existing, made_by, record)
+    if record is not None:
+        _add_to_record(record, {})  # a folder that cannot be written shows before the work
     threads = max(1, available_cores() // executor.workers)
+    call = uuid.uuid4().hex[:8]
     tasks = [
-        _Task(run, fingerprint, str(image), str(mask), network, overlap, threads)
+        _Task(run, fingerprint, str(image), str(mask), str(_staged(mask, call)), network, overlap, threads)
         for image, mask in pairs
-        if not mask.exists()
+        if mask not in existing
     ]
     report = PredictReport(skipped=[str(mask) for mask in existing])
-    with progress_bar(progress) as bar:
-        if existing:
-            bar.console.print(f"{len(existing)} masks of this model are there already and are kept")
-        running = bar.add_task("predict", total=len(tasks))
-        for outcome in executor.map(_predict_file, tasks, key=_image_name):
-            if outcome.error is not None:
-                report.failed.append((outcome.key, outcome.error))
-            elif outcome.value is not None:
-                report.written.append(outcome.value)
-            bar.advance(running)
+    try:
+        with progress_bar(progress) as bar:
+            if existing:
+                bar.console.print(
+                    f"{len(existing)} masks of this model and these inputs are there already and are kept"
+                )
+            running = bar.add_task("predict", total=len(tasks))
+            for outcome in executor.map(_predict_file, tasks, key=_image_name):
+                if outcome.error is not None:
+                    report.failed.append((outcome.key, outcome.error))
+                elif outcome.value is not None:
+                    report.written.append(_book(outcome.value, record))
+                bar.advance(running)
+    finally:
+        for task in tasks:
+            Path(task.staged).unlink(missing_ok=True)
     report.written.sort()
     report.failed.sort()
     if len(pairs) == 1 and Path(input).is_file() and report.failed:
@@ -87,9 +108,10 @@ def predict_files(
     return report
 
 
-def _predict_file(task: _Task) -> str:
-    """Runs in a worker. Returns the mask's path."""
+def _predict_file(task: _Task) -> _Made:
+    """Runs in a worker."""
     use_threads(task.threads)
+    input_sha256 = file_sha256(task.image)
     volume = read_nifti(task.image)
     model, device = cached_model(task.run, task.fingerprint)
     masks = segment_scan(
@@ -101,8 +123,27 @@ def _predict_file(task: _Task) -> str:
         overlap=task.overlap,
         device=device,
     )
-    write_nifti(task.mask, volume.native.from_canonical(masks[task.network]), volume.native)
-    return task.mask
+    write_nifti(task.staged, volume.native.from_canonical(masks[task.network]), volume.native)
+    entry = {
+        "model": task.fingerprint,
+        "network": task.network,
+        "overlap": task.overlap,
+        "input_sha256": input_sha256,
+    }
+    return _Made(task.mask, task.staged, entry)
+
+
+def _staged(mask: Path, call: str) -> Path:
+    return mask.with_name(f".{call}.{mask.name}")
+
+
+def _book(made: _Made, record: Path | None) -> str:
+    """Record first, then show the mask: killed between the two, there is no mask yet and the next call makes it; the
+    other way round, there would be a mask of unknown origin. Returns the mask's path."""
+    if record is not None:
+        _add_to_record(record, {Path(made.mask).name: made.entry})
+    os.replace(made.staged, made.mask)
+    return made.mask
 
 
 def _image_name(task: _Task) -> str:
@@ -158,32 +199,58 @@ def _mask_name(image: Path) -> str:
     return _stem(image).removesuffix(CHANNEL) + ".nii.gz"
 
 
-def _refuse_others_masks(
-    output: Path, existing: Sequence[Path], made_by: dict[str, object], *, single_file: bool
-) -> None:
-    """Raises InputError where a mask to write exists and is not known to be what this call would write."""
+def _refuse_others_masks(existing: Mapping[Path, Path], made_by: Mapping[str, Any], record: Path | None) -> None:
+    """Raises InputError where a mask to write exists (mask -> image) and is not on record as what this call writes."""
     if not existing:
         return
     fix = "choose another output= or remove it"
-    if single_file:
-        raise InputError("the output exists already", where="output", value=existing[0], fix=fix)
-    try:
-        record = json.loads((output / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = None
-    if record != made_by:
-        what = f"{len(existing)} of the masks exist already and are not this model's"
-        raise InputError(what, where="output", value=existing[0], fix=fix)
+    if record is None:
+        raise InputError("the output exists already", where="output", value=next(iter(existing)), fix=fix)
+    masks = _read_record(record)
+    for mask, image in existing.items():
+        entry = masks.get(mask.name)
+        if entry is None:
+            rule = f"{RECORD} does not say what made it"
+        else:
+            wanted = {**made_by, "input_sha256": file_sha256(image)}
+            other = [name for name in RECORDED if entry.get(name) != wanted[name]]
+            if not other:
+                continue
+            rule = f"{RECORD} says that it differs in {', '.join(other)}"
+        what = "a mask exists already and is not what this call would write"
+        raise InputError(what, where="output", value=mask, rule=rule, fix=fix)
 
 
-def _write_record(output: Path, made_by: dict[str, object]) -> None:
+def _read_record(record: Path) -> dict[str, dict[str, Any]]:
+    """Mask's name -> its entry; {} without a record. Raises InputError for one that cannot be read or understood."""
+    fix = "choose another output="
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        partial = output / f"{RECORD}.partial"
-        partial.write_text(json.dumps(made_by), encoding="utf-8")
-        os.replace(partial, output / RECORD)
+        content = json.loads(record.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
     except OSError as error:
-        raise InputError(f"cannot write there: {error.strerror}", where="output", value=output) from error
+        raise InputError("not readable", where=record, value=error.strerror, fix=fix) from error
+    except ValueError as error:
+        raise InputError("not readable as JSON", where=record, value=error, fix=fix) from error
+    masks = content.get("masks", {}) if isinstance(content, dict) else None
+    if not isinstance(masks, dict) or not all(isinstance(entry, dict) for entry in masks.values()):
+        raise InputError("not a record of masks", where=record, fix=fix)
+    return masks
+
+
+def _add_to_record(record: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Atomic, and read again each time: other calls may write other masks into the same folder."""
+    temporary = record.with_name(f"{record.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"masks": {**_read_record(record), **entries}}, indent=1)
+        try:
+            temporary.write_text(text + "\n", encoding="utf-8")
+            os.replace(temporary, record)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write there: {error.strerror}", where="output", value=record.parent) from error
 
 
 def progress_bar(shown: bool) -> Progress:

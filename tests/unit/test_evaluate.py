@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from distseg.data.cohort import Cohort
 from distseg.errors import DataError, FinishedWithFailures, InputError
 from distseg.inference import whole_scan
 from distseg.work import evaluate as evaluate_module
+from distseg.work import predict as predict_module
 from distseg.work.evaluate import evaluate_run
 from distseg.work.executor import LocalExecutor
 from distseg.work.ingest import ingest_cohort
@@ -246,13 +248,84 @@ def test_the_same_call_goes_on_and_another_model_is_refused(run: str, tmp_path: 
         ["b.nii.gz"],
         ["a.nii.gz"],
     )
-    with pytest.raises(InputError, match="not this model's"):
+    with pytest.raises(InputError, match=r"a\.nii\.gz.*differs in network; choose another output="):
         predict(run, source, out, network="teacher")
+    with pytest.raises(InputError, match=r"a\.nii\.gz.*differs in overlap;"):
+        predict(run, source, out, overlap=0.25)
     (Path(run) / "model" / "model.json").write_text('{"step": 2}')
-    with pytest.raises(InputError, match="not this model's"):
+    with pytest.raises(InputError, match=r"a\.nii\.gz.*differs in model;"):
         predict(run, source, out)
-    with pytest.raises(InputError, match="not this model's"):
+    with pytest.raises(InputError, match=r"a\.nii\.gz.*does not say what made it"):
         predict(run, source, source / ".")
+
+
+def test_a_mask_of_another_patient_with_the_same_file_name_is_refused(run: str, tmp_path: Path) -> None:
+    one, two, out = tmp_path / "one", tmp_path / "two", tmp_path / "out"
+    save(one / "image.nii.gz", scan_arrays(0)[0])
+    save(two / "image.nii.gz", scan_arrays(1)[0])
+    save(two / "before.nii.gz", scan_arrays(2)[0])
+    predict(run, one, out)
+    with pytest.raises(InputError, match=r"image\.nii\.gz.*differs in input_sha256; choose another") as caught:
+        predict(run, two, out)
+    assert "\n" not in str(caught.value)
+    assert not (out / "before.nii.gz").exists()  # refused before any work
+    np.testing.assert_array_equal(np.asarray(nib.load(out / "image.nii.gz").dataobj), scan_arrays(0)[1])
+    (tmp_path / "moved").mkdir()
+    (one / "image.nii.gz").rename(tmp_path / "moved" / "image.nii.gz")
+    assert len(predict(run, tmp_path / "moved", out).skipped) == 1  # the same bytes are the same patient
+
+
+def test_masks_of_two_models_in_one_folder_keep_their_own_records(run: str, tmp_path: Path) -> None:
+    one, two, out = tmp_path / "one", tmp_path / "two", tmp_path / "out"
+    save(one / "a.nii.gz", scan_arrays(0)[0])
+    save(two / "b.nii.gz", scan_arrays(1)[0])
+    predict(run, one, out)
+    (Path(run) / "model" / "model.json").write_text('{"step": 2}')
+    predict(run, two, out)
+    with pytest.raises(InputError, match=r"a\.nii\.gz.*differs in model"):
+        predict(run, one, out)
+    assert len(predict(run, two, out).skipped) == 1
+    masks = json.loads((out / ".distseg.json").read_text())["masks"]
+    assert masks["a.nii.gz"]["model"] != masks["b.nii.gz"]["model"]
+    (out / ".distseg.json").write_text("{")
+    with pytest.raises(InputError, match=r"distseg\.json: not readable as JSON"):
+        predict(run, two, out)
+
+
+def test_a_killed_call_resumes(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the second mask is made, and killed between the record's line and the mask's appearance."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    for seed, name in enumerate("ab"):
+        save(source / f"{name}.nii.gz", scan_arrays(seed)[0])
+    read, replace = predict_module.read_nifti, os.replace
+
+    def killed_at_b(path: str) -> Any:
+        if Path(path).name == "b.nii.gz":
+            raise KeyboardInterrupt
+        return read(path)
+
+    monkeypatch.setattr(predict_module, "read_nifti", killed_at_b)
+    with pytest.raises(KeyboardInterrupt):
+        predict(run, source, out)
+    monkeypatch.undo()
+    monkeypatch.setattr(whole_scan, "load_model", fake_model)
+    assert sorted(path.name for path in out.iterdir()) == [".distseg.json", "a.nii.gz"]
+
+    def killed_before_it_shows(staged: str | Path, final: str | Path) -> None:
+        if Path(final).name == "b.nii.gz":
+            raise KeyboardInterrupt
+        replace(staged, final)
+
+    monkeypatch.setattr(os, "replace", killed_before_it_shows)
+    with pytest.raises(KeyboardInterrupt):
+        predict(run, source, out)
+    monkeypatch.setattr(os, "replace", replace)
+    assert sorted(path.name for path in out.iterdir()) == [".distseg.json", "a.nii.gz"]
+    again = predict(run, source, out)
+    assert ([Path(p).name for p in again.written], [Path(p).name for p in again.skipped]) == (
+        ["b.nii.gz"],
+        ["a.nii.gz"],
+    )
 
 
 def test_a_bad_file_does_not_stop_the_rest(run: str, tmp_path: Path) -> None:
