@@ -4,7 +4,8 @@ Plain folder        SOURCE/*.nii[.gz]                     every image is unlabel
 nnU-Net raw         SOURCE/dataset.json                   classes and channel name
                     SOURCE/imagesTr/CASE_0000.nii[.gz]    one channel
                     SOURCE/labelsTr/CASE.nii[.gz]         absent: the image is unlabelled
-                    SOURCE/splits.json                    optional {"train": [...], "val": [...], "test": [...]}
+                    SOURCE/splits.json                    optional {"train": [...], "val": [...], "test": [...]};
+                                                          where it is there it names every case
 
 What is wrong with one case is one line in `Source.failures` or one DataError, and the other cases go on; what is wrong
 with the source as a whole raises. `distseg.data.nifti` reads and checks the single file.
@@ -26,6 +27,8 @@ __all__ = ["Case", "Source", "discover", "read_label", "read_nifti", "safe_id", 
 
 SUFFIXES = (".nii.gz", ".nii")
 SPLIT_NAMES = ("train", "val", "test")
+SPLITS_FILE = "splits.json"
+MOST_NAMED = 5
 _CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
@@ -59,7 +62,8 @@ class Source:
 
 
 def discover(source: str | Path) -> Source:
-    """What there is to ingest under `source`. Raises InputError / DataError for a source unusable as a whole."""
+    """What there is to ingest under `source`; no case, but failures, where none of its cases can be used. Raises
+    InputError / DataError for a source unusable as a whole, a folder without any case included."""
     root = Path(source)
     if not root.is_dir():
         raise InputError("no such folder", where="source", value=root, fix="give a folder of NIfTI or an nnU-Net one")
@@ -70,11 +74,7 @@ def discover(source: str | Path) -> Source:
         raise DataError("imagesTr without dataset.json", where=root, rule=rule, fix="add dataset.json")
     else:
         found = _discover_folder(root)
-    if not found.cases:
-        if found.failures:
-            scan_id, why = found.failures[0]
-            more = f" and {len(found.failures) - 1} more" if len(found.failures) > 1 else ""
-            raise DataError(f"no usable case: {scan_id}: {why}{more}", where=root)
+    if not found.cases and not found.failures:
         rule = "a folder of *.nii or *.nii.gz, or nnU-Net raw (dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/)"
         raise InputError("no image found", where=root, rule=rule, fix="check source=")
     return found
@@ -101,7 +101,7 @@ def _discover_nnunet(root: Path) -> Source:
     labels_folder = root / "labelsTr"
     labels, label_failures = _nifti_files(_folder(labels_folder)) if labels_folder.exists() else ({}, [])
     failures = [(_case_of(name), why) for name, why in failures] + label_failures
-    splits = _read_splits(root / "splits.json")
+    splits = _read_splits(root / SPLITS_FILE)
     by_case: dict[str, Path] = {}
     extra_channels: set[str] = set()
     for name, path in sorted(images.items()):
@@ -118,6 +118,9 @@ def _discover_nnunet(root: Path) -> Source:
         rule = "one channel per scan; this file says the case has more"
         failures.append((case, str(DataError("more than one channel", where=f"{case}_0001", rule=rule))))
     refused = {name for name, _ in failures}
+    if splits is not None and (by_case or failures):
+        failures += _split_failures(splits, by_case, refused)
+        refused = {name for name, _ in failures}
     for case in sorted(set(labels) - set(by_case) - refused):
         rule = f"every label has its image imagesTr/{case}_0000.nii.gz"
         why = DataError("label without an image", where=labels[case].name, rule=rule, fix="add it or drop the label")
@@ -129,6 +132,25 @@ def _discover_nnunet(root: Path) -> Source:
         if case not in refused
     ]
     return Source("nnunet", classes, channel_names, cases, failures, has_splits=splits is not None)
+
+
+def _split_failures(splits: dict[str, str], by_case: dict[str, Path], refused: set[str]) -> list[tuple[str, str]]:
+    """A case that splits.json does not name may be one that is to be held out, so it is not taken; the names that it
+    has without a case are one line."""
+    found = []
+    for case in sorted(set(by_case) - set(splits) - refused):
+        rule = "where there is a splits.json, every case is in train, val or test: another may be one to hold out"
+        why = DataError("case is not in splits.json", where=by_case[case].name, rule=rule, fix="add it there")
+        found.append((case, str(why)))
+    without = sorted(set(splits) - set(by_case) - refused)
+    if without:
+        named = ", ".join(without[:MOST_NAMED]) + (
+            f" and {len(without) - MOST_NAMED} more" if len(without) > MOST_NAMED else ""
+        )
+        rule, fix = "each is a CASE of imagesTr/CASE_0000.nii[.gz]", "correct them, add the images or drop the names"
+        why = DataError("names without an image", where=SPLITS_FILE, value=named, rule=rule, fix=fix)
+        found.append((SPLITS_FILE, str(why)))
+    return found
 
 
 def _case_of(name: str) -> str:

@@ -61,6 +61,29 @@ def test_nnunet_raw_with_splits(tmp_path: Path) -> None:
     assert rows == [("p_1", True, "train"), ("p_2", False, "train"), ("p_3", True, "val")]
 
 
+def test_splits_and_cases_name_each_other(tmp_path: Path) -> None:
+    """A case that splits.json does not name could be a held-out one with a typo: it is not trained on, it is listed."""
+    nnunet(tmp_path, {"p_1": True, "p_2": True, "p_3": False, "twice": True})
+    save(tmp_path / "imagesTr/twice_0000.nii", ct())
+    missing = [f"gone_{n}" for n in range(6)]
+    (tmp_path / "splits.json").write_text(json.dumps({"train": ["p_1", *missing], "test": ["p2", "p_3", "twice"]}))
+    found = discover(tmp_path)
+    assert [(case.scan_id, case.split) for case in found.cases] == [("p_1", "train"), ("p_3", "test")]
+    assert [name for name, _ in found.failures] == ["twice", "p_2", "splits.json"]
+    failures = dict(found.failures)
+    assert failures["p_2"].startswith("p_2_0000.nii.gz: case is not in splits.json; ")
+    assert "names without an image (got gone_0, gone_1, gone_2, gone_3, gone_4 and 2 more)" in failures["splits.json"]
+    assert all("\n" not in why for why in failures.values())
+
+
+def test_names_in_splits_alone_are_no_source(tmp_path: Path) -> None:
+    nnunet(tmp_path, {})
+    (tmp_path / "imagesTr").mkdir()
+    (tmp_path / "splits.json").write_text('{"train": ["p"]}')
+    with pytest.raises(InputError, match="no image found"):
+        discover(tmp_path)
+
+
 def test_images_folder_may_be_a_link_written_as_text(tmp_path: Path) -> None:
     nnunet(tmp_path / "one", {"p": True})
     nnunet(tmp_path / "two", {})
