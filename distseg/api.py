@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from distseg.data.cohort import ScanRecord
     from distseg.training.loop import TrainResult
     from distseg.work.benchmark import BenchmarkResult
+    from distseg.work.cohort_actions import CohortReport
     from distseg.work.executor import Executor
     from distseg.work.ingest import IngestReport
     from distseg.work.predict import PredictReport
@@ -83,22 +84,29 @@ def cohort(
     action: Literal["list", "remove", "repair"] | None = None,
     scan: str | None = None,
 ) -> list[ScanRecord]:
-    """List the scans of a cohort; "remove" takes `scan` out first, "repair" rebuilds the index from the store first."""
-    return cohort_from_config(_config(CohortConfig, locals()))
+    """List the scans of a cohort; "remove" takes `scan` out first, "repair" rebuilds the index from the store first.
+
+    "repair" raises FinishedWithFailures, once done, with what in the store it could not read and left alone.
+    """
+    return cohort_from_config(_config(CohortConfig, locals())).records
 
 
-def cohort_from_config(config: CohortConfig) -> list[ScanRecord]:
+def cohort_from_config(config: CohortConfig) -> CohortReport:
     from distseg.data.cohort import Cohort
-    from distseg.work.cohort_actions import remove_scan, repair_cohort
+    from distseg.work.cohort_actions import CohortReport, holds, remove_scan, repair_cohort
 
     config = _absolute(config, "cohort")
+    dropped: list[str] = []
     if config.action == "remove":
         if config.scan is None:
             raise ConfigError("key not given", where="scan", fix="name the scan to remove: scan=ID")
         remove_scan(config.cohort, scan=config.scan)
     elif config.action == "repair":
-        repair_cohort(config.cohort)
-    return list(Cohort.open(config.cohort).records)
+        report = repair_cohort(config.cohort)
+        if report.left:
+            raise FinishedWithFailures(holds(config.cohort, report.scans, report.dropped), report.left)
+        dropped = report.dropped
+    return CohortReport(list(Cohort.open(config.cohort).records), dropped)
 
 
 def train(

@@ -182,12 +182,12 @@ def _show_ingest(_config: Any, report: Any) -> None:
     print(f"{report.cohort}: {len(report.added)} scans added, {len(report.skipped)} already there")
 
 
-def _show_cohort(config: Any, records: Any) -> None:
-    if config.action != "list":
-        print(f"{config.cohort}: {len(records)} scans")
-        return
-    from distseg.work.cohort_actions import list_cohort
+def _show_cohort(config: Any, report: Any) -> None:
+    from distseg.work.cohort_actions import holds, list_cohort
 
+    if config.action != "list":
+        print(holds(config.cohort, len(report.records), report.dropped))
+        return
     print(list_cohort(config.cohort), end="")
 
 

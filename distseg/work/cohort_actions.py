@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -25,11 +26,27 @@ from distseg.work.cohort_index import reconcile, write_lines, writing
 
 
 @dataclass(frozen=True)
+class CohortReport:
+    """What the cohort holds after the action, and the ids of incomplete scans that repair deleted."""
+
+    records: list[ScanRecord]
+    dropped: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class RepairReport:
-    """How many scans the index now names, and the ids of incomplete ones taken out."""
+    """How many scans the index now names, the ids of incomplete ones deleted, and what else lies in the store and was
+    left alone, as (folder's name, one line why)."""
 
     scans: int
     dropped: list[str]
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+
+def holds(cohort: str, scans: int, dropped: Sequence[str]) -> str:
+    """The line that an action ends with."""
+    gone = f"; incomplete scans deleted: {', '.join(dropped)}" if dropped else ""
+    return f"{cohort}: {scans} scans{gone}"
 
 
 def list_cohort(cohort: str, *, width: int | None = None) -> str:
@@ -66,15 +83,16 @@ def remove_scan(cohort: str, *, scan: str) -> None:
 
 
 def repair_cohort(cohort: str) -> RepairReport:
-    """Rebuild the index from the store; a scan without `complete` is taken out. Raises InputError without a cohort."""
+    """Rebuild the index from the store; a scan that says it is incomplete is deleted, what cannot be read is left alone
+    and in the report. Raises InputError without a cohort."""
     root = local_path(cohort)
     attrs = read_attrs(root)
     if attrs is None:
         raise InputError("no cohort there", where=root, fix="make one with distseg ingest source=... cohort=...")
     check_version(attrs, root)
     with writing(root):
-        records, dropped = reconcile(root, trust_index=False)
-    return RepairReport(len(records), dropped)
+        found = reconcile(root, trust_index=False)
+    return RepairReport(len(found.records), found.dropped, found.left)
 
 
 def _row(record: ScanRecord) -> list[str]:

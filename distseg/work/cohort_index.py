@@ -10,12 +10,15 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distseg.data.cohort import ScanRecord, beside, index_path, read_attrs, read_index, read_lines
+from distseg.data.cohort import ScanRecord, beside, index_path, read_index, read_lines
 from distseg.data.convert import record_of
-from distseg.errors import InputError
+from distseg.errors import DataError, InputError
+
+SCAN_ATTRS = frozenset(("ome", "sha256", "native", "stored", "foreground"))  # what ingest writes, and no one else
 
 
 def append_line(path: Path, data: Mapping[str, Any]) -> None:
@@ -45,27 +48,69 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def reconcile(cohort: Path, *, trust_index: bool) -> tuple[dict[str, ScanRecord], list[str]]:
-    """Make the index say what the store holds; returns the records and the ids of incomplete scans taken out.
+@dataclass(frozen=True)
+class Reconciled:
+    """The records that index and store now agree on, ids of the incomplete scans deleted, and what else lies in the
+    store, untouched, as (folder's name, one line why)."""
+
+    records: dict[str, ScanRecord] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+
+def reconcile(cohort: Path, *, trust_index: bool) -> Reconciled:
+    """Make the index say what the store holds. Only a scan that is ours and says of itself that it is not complete is
+    deleted: what cannot be read may be a good scan on a bad disk, or not ours.
 
     `trust_index`: a scan the index knows is not opened again (a resumed ingest); otherwise every scan is read (repair).
     """
     before = read_index(cohort) if trust_index else {}
-    records: dict[str, ScanRecord] = {}
-    dropped = []
+    found = Reconciled()
+    records = found.records
     for folder in sorted(path for path in cohort.iterdir() if path.is_dir()):
         if folder.name in before and (folder / "zarr.json").is_file():
             records[folder.name] = before[folder.name]
             continue
-        attrs = read_attrs(folder)
-        if attrs is not None and attrs.get("complete") is True:
-            records[folder.name] = record_of(folder.name, attrs)
+        try:
+            record = _stored_record(folder)
+        except DataError as error:
+            found.left.append((folder.name, str(error)))
+            continue
+        if record is not None:
+            records[folder.name] = record
         else:
             shutil.rmtree(folder)
-            dropped.append(folder.name)
+            found.dropped.append(folder.name)
     if not trust_index or records != before or not index_path(cohort).is_file():
         write_lines(index_path(cohort), (record.to_json() for _, record in sorted(records.items())))
-    return records, dropped
+    return found
+
+
+def _stored_record(folder: Path) -> ScanRecord | None:
+    """What a scan's own attributes say; None for a scan of ours that is incomplete. Raises DataError, in one line, for
+    anything else."""
+    fix = "move it out of the store; if it was a scan, ingest it again"
+    try:
+        node = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError("left alone: no zarr.json in it", fix=fix) from error
+    except OSError as error:
+        what = "left alone: zarr.json is not readable"
+        raise DataError(what, value=error.strerror, fix="see to the disk, then repair again") from error
+    except ValueError as error:
+        raise DataError("left alone: zarr.json is damaged", value=error, fix=fix) from error
+    attrs = node.get("attributes") if isinstance(node, dict) and node.get("node_type") == "group" else None
+    if not isinstance(attrs, dict) or not attrs.keys() >= SCAN_ATTRS:
+        raise DataError("left alone: not a scan that distseg wrote", fix=fix)
+    if attrs.get("complete") is not True:
+        if folder.is_symlink():
+            raise DataError("left alone: a link to an incomplete scan", fix=fix)
+        return None
+    try:
+        return record_of(folder.name, attrs)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = "left alone: attributes of the scan are damaged"
+        raise DataError(what, value=f"{type(error).__name__} {error}", fix=fix) from error
 
 
 def read_sources(path: Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ from distseg.data.cohort import (
 from distseg.data.convert import Converted, Known, ScanTask, convert_scan
 from distseg.data.formats import SPLIT_NAMES, Case, Source, discover
 from distseg.data.volume import Spacing, spacing3
-from distseg.errors import ConfigError, DataError
+from distseg.errors import ConfigError, DataError, FinishedWithFailures
 from distseg.work.cohort_index import append_line, read_sources, reconcile, writing
 from distseg.work.executor import Executor, Outcome
 
@@ -51,14 +51,20 @@ def ingest_cohort(
 
     spacing_mm: (z, y, x) millimetres to store at, None for each scan's own. split: shares of train, val and test, used
     where the source has no splits.json: a scan's share follows from a hash of its id, so it never moves as others come.
-    Raises InputError for a source or cohort unusable as a whole; what is wrong with a scan is in the report.
+    Raises InputError for a source or cohort unusable as a whole; what is wrong with a scan is in the report. Where no
+    scan is usable, raises FinishedWithFailures with all of them and leaves no new cohort behind.
     """
     found = discover(source)
     path = local_path(cohort)
     spacing = None if spacing_mm is None else spacing3(spacing_mm)
+    if not found.cases:
+        raise FinishedWithFailures(f"{source}: no usable case", found.failures)
     with writing(path) as staging:
+        new = [file for file in (path / "zarr.json", index_path(path)) if not file.exists()]
+        had_folder = path.exists()
         classes = _open_store(path, found, spacing)
-        records, _ = reconcile(path, trust_index=True)
+        stored = reconcile(path, trust_index=True)
+        records, left_ids = stored.records, {name for name, _ in stored.left}
         sources = read_sources(sources_path(path))
         tasks = [
             ScanTask(
@@ -71,8 +77,9 @@ def ingest_cohort(
                 known=Known(records[case.scan_id], sources.get(case.scan_id)) if case.scan_id in records else None,
             )
             for case in _with_split(found, split)
+            if case.scan_id not in left_ids  # nothing in the store is replaced unread
         ]
-        report = IngestReport(str(path), failed=list(found.failures))
+        report = IngestReport(str(path), failed=[*found.failures, *stored.left])
         with _progress_bar(progress) as bar:
             running = bar.add_task("ingest", total=len(tasks))
             by_id = {task.case.scan_id: task.case for task in tasks}
@@ -83,11 +90,19 @@ def ingest_cohort(
         report.skipped.sort()
         report.failed.sort()
         _name_channel(path, records)
+        if not records and path / "zarr.json" in new:
+            _take_back(path, new, had_folder=had_folder)
     if not report.added and not report.skipped:
-        scan_id, why = report.failed[0]
-        more = f" and {len(report.failed) - 1} more" if len(report.failed) > 1 else ""
-        raise DataError(f"no usable case: {scan_id}: {why}{more}", where=source)
+        raise FinishedWithFailures(f"{source}: no usable case", report.failed)
     return report
+
+
+def _take_back(path: Path, new: Sequence[Path], *, had_folder: bool) -> None:
+    """An empty cohort that this call made goes again, file by file: nothing else is deleted."""
+    for file in new:
+        file.unlink(missing_ok=True)
+    if not had_folder and not any(path.iterdir()):
+        path.rmdir()
 
 
 def _open_store(path: Path, found: Source, spacing: Spacing | None) -> dict[str, int]:

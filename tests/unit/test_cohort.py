@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -12,6 +13,7 @@ import pytest
 import zarr
 from ome_zarr_models.v05 import Image
 
+from distseg.cli import main
 from distseg.data.body import find_body
 from distseg.data.cohort import Cohort, Scan, index_path
 from distseg.data.convert import ScanTask, convert_scan
@@ -198,12 +200,68 @@ def test_a_line_cut_off_while_written_is_left_out(tmp_path: Path) -> None:
 def test_repair_rebuilds_the_index_and_drops_the_incomplete(tmp_path: Path) -> None:
     cohort = ingested(tmp_path)
     path = Path(cohort.path)
-    zarr.create_group(path / "half", zarr_format=3)
+    make_incomplete(path, "half")
     index_path(path).unlink()
     report = repair_cohort(cohort.path)
-    assert (report.scans, report.dropped) == (2, ["half"])
+    assert (report.scans, report.dropped, report.left) == (2, ["half"], [])
     assert Cohort.open(path) == cohort
     assert not (path / "half").exists()
+
+
+def make_incomplete(store: Path, name: str) -> None:
+    """A scan as it is before its last attribute is written."""
+    shutil.copytree(store / "p", store / name)
+    node = json.loads((store / name / "zarr.json").read_text())
+    del node["attributes"]["complete"]
+    (store / name / "zarr.json").write_text(json.dumps(node))
+
+
+def put_what_is_not_a_scan(store: Path) -> dict[str, str]:
+    """Folder -> what repair says of it."""
+    (store / "notes").mkdir()
+    (store / "notes/mine.txt").write_text("mine")
+    zarr.create_group(store / "theirs", zarr_format=3, attributes={"ome": {"version": "0.5"}})
+    shutil.copytree(store / "p", store / "torn")
+    (store / "torn/zarr.json").write_text('{"zarr_format": 3, "attr')
+    shutil.copytree(store / "p", store / "unreadable")
+    (store / "unreadable/zarr.json").unlink()
+    (store / "unreadable/zarr.json").mkdir()  # reading it is an OSError, for root too
+    make_incomplete(store, "complete_only")
+    attrs = {"complete": True, **dict.fromkeys(("ome", "sha256", "native", "stored", "foreground"))}
+    (store / "complete_only/zarr.json").write_text(json.dumps({"node_type": "group", "attributes": attrs}))
+    return {
+        "complete_only": "attributes of the scan are damaged",
+        "notes": "no zarr.json in it",
+        "theirs": "not a scan that distseg wrote",
+        "torn": "zarr.json is damaged",
+        "unreadable": "zarr.json is not readable",
+    }
+
+
+def test_repair_leaves_what_it_cannot_read_and_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort = ingested(tmp_path)
+    path = Path(cohort.path)
+    said = put_what_is_not_a_scan(path)
+    make_incomplete(path, "half")
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and "half" not in file.parts}
+    report = repair_cohort(cohort.path)
+    assert (report.scans, report.dropped) == (2, ["half"])
+    assert [name for name, _ in report.left] == list(said)
+    assert all(why.startswith(f"left alone: {said[name]}") and "\n" not in why for name, why in report.left)
+    make_incomplete(path, "half")
+    monkeypatch.chdir(tmp_path)
+    assert main(["cohort", f"cohort={path}", "action=repair"]) == 3
+    error = capsys.readouterr().err
+    assert f"{path}: 2 scans; incomplete scans deleted: half; 5 failed:\n  complete_only: left alone" in error
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+    assert Cohort.open(path) == cohort
+    for name in said:
+        shutil.rmtree(path / name)
+    make_incomplete(path, "half")
+    assert main(["cohort", f"cohort={path}", "action=repair"]) == 0
+    assert capsys.readouterr().out == f"{path}: 2 scans; incomplete scans deleted: half\n"
 
 
 def test_remove_takes_a_scan_out(tmp_path: Path) -> None:

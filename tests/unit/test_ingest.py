@@ -18,7 +18,7 @@ from ome_zarr_models.v05 import Image
 
 from distseg.data import convert
 from distseg.data.cohort import Cohort, index_path, read_attrs
-from distseg.errors import ConfigError, DataError, InputError
+from distseg.errors import ConfigError, DataError, FinishedWithFailures, InputError
 from distseg.work.executor import LocalExecutor
 from distseg.work.ingest import IngestReport, ingest_cohort, split_by_hash
 
@@ -62,8 +62,11 @@ def test_real_ct_comes_back_voxel_for_voxel(tmp_path: Path, spacing_mm: list[flo
         link = tmp_path / "source" / path.parent.name / path.name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
-    for name in ("dataset.json", "splits.json"):
-        shutil.copyfile(MANDIBLE / name, tmp_path / "source" / name)
+    shutil.copyfile(MANDIBLE / "dataset.json", tmp_path / "source/dataset.json")
+    chosen = {*cases, *(path.name.removesuffix("_0000.nii.gz") for path in unlabelled)}
+    splits = json.loads((MANDIBLE / "splits.json").read_text())
+    kept = {split: [case for case in names if case in chosen] for split, names in splits.items()}
+    (tmp_path / "source/splits.json").write_text(json.dumps(kept))
     report = ingest(tmp_path / "source", tmp_path / "ct.zarr", spacing_mm=spacing_mm)
     assert (len(report.added), report.failed) == (6, [])
     cohort = Cohort.open(tmp_path / "ct.zarr")
@@ -85,6 +88,7 @@ def test_real_ct_comes_back_voxel_for_voxel(tmp_path: Path, spacing_mm: list[flo
 def test_organs_share_the_images_of_mandible(tmp_path: Path) -> None:
     from distseg.data.formats import discover
 
+    assert (len(discover(MANDIBLE).cases), discover(MANDIBLE).failures) == (203, [])
     found = discover(ORGANS)
     assert (len(found.cases), len(found.classes), found.failures) == (203, 6, [])
     assert sum(case.label is not None for case in found.cases) == 115
@@ -105,11 +109,58 @@ def test_the_rest_goes_on_and_failures_are_listed(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "c.zarr").iterdir()) == ["a", "zarr.json"]
 
 
-def test_no_usable_case_is_an_error(tmp_path: Path) -> None:
+def test_no_usable_case_lists_them_all_and_leaves_no_cohort(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
-    (tmp_path / "s/x.nii.gz").write_bytes(b"")
-    with pytest.raises(DataError, match=r"no usable case: x: x\.nii\.gz: empty file"):
+    for name in ("x", "y"):
+        (tmp_path / f"s/{name}.nii.gz").write_bytes(b"")
+    with pytest.raises(FinishedWithFailures, match="no usable case; 2 failed") as caught:
         ingest(tmp_path / "s", tmp_path / "c.zarr")
+    assert [name for name, _ in caught.value.failures] == ["x", "y"]
+    assert all("empty file" in why for _, why in caught.value.failures)
+    assert not (tmp_path / "c.zarr").exists()
+    assert not index_path(tmp_path / "c.zarr").exists()
+    (tmp_path / "empty.zarr").mkdir()  # was there before, so it stays
+    with pytest.raises(FinishedWithFailures):
+        ingest(tmp_path / "s", tmp_path / "empty.zarr")
+    assert list((tmp_path / "empty.zarr").iterdir()) == []
+    ingest(labelled_source(tmp_path / "good"), tmp_path / "c.zarr")
+    with pytest.raises(FinishedWithFailures):
+        ingest(tmp_path / "s", tmp_path / "c.zarr")
+    assert len(Cohort.open(tmp_path / "c.zarr").records) == 2
+    (tmp_path / "good/splits.json").write_text("{}")  # no case passes even the first look
+    with pytest.raises(FinishedWithFailures, match=r"not in splits\.json") as caught:
+        ingest(tmp_path / "good", tmp_path / "c3.zarr")
+    assert [name for name, _ in caught.value.failures] == ["a", "b"]
+    assert not (tmp_path / "c3.zarr").exists()
+
+
+def test_a_case_that_splits_do_not_name_is_not_trained_on(tmp_path: Path) -> None:
+    source, path = labelled_source(tmp_path / "s", ("a", "b", "c")), tmp_path / "c.zarr"
+    (source / "splits.json").write_text('{"train": ["a"], "test": ["B", "c"]}')
+    report = ingest(source, path)
+    assert (report.added, [name for name, _ in report.failed]) == (["a", "c"], ["b", "splits.json"])
+    assert [(record.scan_id, record.split) for record in Cohort.open(path).records] == [("a", "train"), ("c", "test")]
+
+
+def test_what_lies_unread_in_the_store_is_neither_deleted_nor_replaced(tmp_path: Path) -> None:
+    source, path = labelled_source(tmp_path / "s"), tmp_path / "c.zarr"
+    ingest(source, path)
+    (path / "c").mkdir()
+    (path / "c/mine.txt").write_text("mine")
+    (path / "b/zarr.json").unlink()
+    image_file(source / "imagesTr/c_0000.nii.gz", seed=3)
+    image_file(source / "imagesTr/d_0000.nii.gz", seed=4)
+    report = ingest(source, path)
+    assert (report.added, report.skipped) == (["d"], ["a"])
+    assert [(name, why.split(";")[0]) for name, why in report.failed] == [
+        ("b", "left alone: no zarr.json in it"),
+        ("c", "left alone: no zarr.json in it"),
+    ]
+    assert (path / "c/mine.txt").read_text() == "mine"
+    assert (path / "b/0").is_dir()
+    shutil.rmtree(path / "b")
+    shutil.rmtree(path / "c")
+    assert ingest(source, path).added == ["b", "c"]
     with pytest.raises(InputError, match="no such folder"):
         ingest(tmp_path / "missing", tmp_path / "c2.zarr")
     assert not (tmp_path / "c2.zarr").exists()
