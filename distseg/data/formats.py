@@ -52,6 +52,7 @@ class Source:
     cases: list[Case]
     failures: list[tuple[str, str]] = field(default_factory=list)
     has_splits: bool = False
+    notes: tuple[str, ...] = ()  # what a user should be told
 
     @property
     def modality(self) -> str | None:
@@ -131,19 +132,21 @@ def _discover_nnunet(root: Path) -> Source:
         for case, path in sorted(by_case.items())
         if case not in refused
     ]
-    return Source("nnunet", classes, channel_names, cases, failures, has_splits=splits is not None)
+    unnamed = [case for case in by_case if splits is not None and case not in splits and case not in refused]
+    notes = (f"{len(unnamed)} cases are in no split of {SPLITS_FILE}: they train",) if unnamed else ()
+    return Source("nnunet", classes, channel_names, cases, failures, has_splits=splits is not None, notes=notes)
 
 
 def _split_failures(splits: dict[str, str], by_case: dict[str, Path], refused: set[str]) -> list[tuple[str, str]]:
-    """A case that splits.json does not name may be one that is to be held out, so it is not taken; the names that it
-    has without a case are one line."""
+    """The names in splits.json without a case, as one line. Where there are any, a case that it does not name may be
+    one of them, misspelt and to be held out, so it is not taken."""
     found = []
-    for case in sorted(set(by_case) - set(splits) - refused):
-        rule = "where there is a splits.json, every case is in train, val or test: another may be one to hold out"
-        why = DataError("case is not in splits.json", where=by_case[case].name, rule=rule, fix="add it there")
-        found.append((case, str(why)))
     without = sorted(set(splits) - set(by_case) - refused)
     if without:
+        for case in sorted(set(by_case) - set(splits) - refused):
+            rule = "it may be one of the names there that have no image, and be meant to be held out"
+            why = DataError("case is not in splits.json", where=by_case[case].name, rule=rule, fix="add it there")
+            found.append((case, str(why)))
         named = ", ".join(without[:MOST_NAMED]) + (
             f" and {len(without) - MOST_NAMED} more" if len(without) > MOST_NAMED else ""
         )

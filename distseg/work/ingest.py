@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import zarr
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from distseg.data.cohort import (
@@ -57,6 +58,8 @@ def ingest_cohort(
     found = discover(source)
     path = local_path(cohort)
     spacing = None if spacing_mm is None else spacing3(spacing_mm)
+    for note in found.notes:
+        Console(stderr=True).print(f"note: {note}", style="yellow", highlight=False, markup=False)
     if not found.cases:
         raise FinishedWithFailures(f"{source}: no usable case", found.failures)
     with writing(path) as staging:

@@ -62,7 +62,7 @@ def test_nnunet_raw_with_splits(tmp_path: Path) -> None:
 
 
 def test_splits_and_cases_name_each_other(tmp_path: Path) -> None:
-    """A case that splits.json does not name could be a held-out one with a typo: it is not trained on, it is listed."""
+    """A case that splits.json does not name could be a held-out one with a typo: not trained on, listed."""
     nnunet(tmp_path, {"p_1": True, "p_2": True, "p_3": False, "twice": True})
     save(tmp_path / "imagesTr/twice_0000.nii", ct())
     missing = [f"gone_{n}" for n in range(6)]
@@ -70,10 +70,20 @@ def test_splits_and_cases_name_each_other(tmp_path: Path) -> None:
     found = discover(tmp_path)
     assert [(case.scan_id, case.split) for case in found.cases] == [("p_1", "train"), ("p_3", "test")]
     assert [name for name, _ in found.failures] == ["twice", "p_2", "splits.json"]
+    assert found.notes == ()
     failures = dict(found.failures)
     assert failures["p_2"].startswith("p_2_0000.nii.gz: case is not in splits.json; ")
     assert "names without an image (got gone_0, gone_1, gone_2, gone_3, gone_4 and 2 more)" in failures["splits.json"]
     assert all("\n" not in why for why in failures.values())
+
+
+def test_cases_beside_right_splits_train_and_it_is_said(tmp_path: Path) -> None:
+    nnunet(tmp_path, {"p_1": True, "p_2": True, "p_3": False})
+    (tmp_path / "splits.json").write_text('{"val": ["p_2"]}')
+    found = discover(tmp_path)
+    assert [(case.scan_id, case.split) for case in found.cases] == [("p_1", None), ("p_2", "val"), ("p_3", None)]
+    assert found.failures == []
+    assert found.notes == ("2 cases are in no split of splits.json: they train",)
 
 
 def test_names_in_splits_alone_are_no_source(tmp_path: Path) -> None:

@@ -127,10 +127,10 @@ def test_no_usable_case_lists_them_all_and_leaves_no_cohort(tmp_path: Path) -> N
     with pytest.raises(FinishedWithFailures):
         ingest(tmp_path / "s", tmp_path / "c.zarr")
     assert len(Cohort.open(tmp_path / "c.zarr").records) == 2
-    (tmp_path / "good/splits.json").write_text("{}")  # no case passes even the first look
+    (tmp_path / "good/splits.json").write_text('{"val": ["A", "B"]}')  # no case passes even the first look
     with pytest.raises(FinishedWithFailures, match=r"not in splits\.json") as caught:
         ingest(tmp_path / "good", tmp_path / "c3.zarr")
-    assert [name for name, _ in caught.value.failures] == ["a", "b"]
+    assert [name for name, _ in caught.value.failures] == ["a", "b", "splits.json"]
     assert not (tmp_path / "c3.zarr").exists()
 
 
