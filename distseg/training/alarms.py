@@ -20,7 +20,7 @@ TEXT = {
     "alarm_flood": "flood: the student calls {foreground_unlabelled:.0%} of unlabelled patches foreground, "
     "labelled ones hold {foreground_target:.0%}; its teacher may be confirming its own excess",
     "alarm_matched_flood": "flood of matched labels: {foreground_matched:.0%} of the voxels the teacher is unsure of "
-    "are matched to foreground; surface references may look like other tissue (METHOD trap 10)",
+    "are matched to foreground; surface references may look like other tissue",
     "alarm_collapse": "collapse: the student calls {foreground_unlabelled:.2%} of unlabelled patches foreground, "
     "labelled ones hold {foreground_target:.0%}",
 }
