@@ -146,7 +146,8 @@ def config(cohort: str = "c", run: str = "r", *, method: str = "supervised", **o
 
 
 def test_config_yaml_round_trip(cohort_path: str, tmp_path: Path) -> None:
-    settings = config(cohort_path, str(tmp_path), method="embedding_matching", data__mirror_pairs=[["hip", "femur"]])
+    flips = {"augment__flip": "left_right", "data__mirror_pairs": [["hip", "femur"]]}
+    settings = config(cohort_path, str(tmp_path), method="embedding_matching", **flips)
     plan = make_plan(settings, Cohort.open(cohort_path))
     run = RunDirectory(tmp_path)
     assert run.stored() is None
