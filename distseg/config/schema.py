@@ -396,8 +396,8 @@ class DemoConfig:
     scans: int = 16  # training scans
     labelled: int = 4
     validation: int = 4  # labelled scans beside `scans`, held out
-    warmup_steps: int = 120
-    steps: int = 40
+    warmup_steps: int = 100
+    steps: int = 30
     seed: int = 0
     launcher: str = "ray"
     resources: ResourcesConfig = field(default_factory=lambda: ResourcesConfig(workers=2))
