@@ -243,7 +243,7 @@ class RayTaskLike(DataError):
     [
         (DataError("empty file", where="a.nii", fix="copy it again"), 2, "a.nii: empty file; copy it again\n"),
         (RayTaskLike(), 2, "a.nii: empty file\n"),
-        (PermissionError(13, "Permission denied", "/root/x"), 2, "/root/x: Permission denied; choose another path\n"),
+        (PermissionError(13, "Permission denied", "/srv/x"), 2, "/srv/x: Permission denied; choose another path\n"),
         (OSError(28, "No space left on device"), 2, "No space left on device; choose another path\n"),
         (
             FinishedWithFailures("2 done", [("a", "bad"), ("b", "worse")]),
