@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -104,7 +105,7 @@ def _share(cpus: int, gpus: float) -> dict[str, float]:
 def _watched(run: RunDirectory, config: TrainRunConfig, notes: tuple[str, ...]) -> Iterator[None]:
     """The driver's progress bar: follows RUN/metrics.jsonl while the workers write it."""
     done = threading.Event()
-    with TerminalReporter(title=config.run, enabled=config.logging.progress) as reporter:
+    with TerminalReporter(title=Path(config.run).name, enabled=config.logging.progress) as reporter:
         for note in notes:
             reporter.note(note)
         follower = threading.Thread(target=_follow, args=(run, config.train.steps, reporter, done))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -48,7 +49,9 @@ def train_local(config: TrainRunConfig) -> TrainResult:
 
 def _train(config: TrainRunConfig, communicator: Communicator) -> TrainResult:
     _open_once(config, communicator)
-    with TerminalReporter(title=config.run, enabled=config.logging.progress and communicator.rank == 0) as reporter:
+    with TerminalReporter(
+        title=Path(config.run).name, enabled=config.logging.progress and communicator.rank == 0
+    ) as reporter:
         return train_rank(config, communicator=communicator, reporter=reporter)
 
 
