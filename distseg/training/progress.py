@@ -19,7 +19,7 @@ class TerminalReporter:
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
+            BarColumn(bar_width=6),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
@@ -54,10 +54,10 @@ class TerminalReporter:
 
 def figures(row: Mapping[str, Any]) -> str:
     """The handful of numbers worth a glance: loss, share of sure voxels, validation Dice, seconds a step."""
-    parts = [f"loss {row['loss']:.3f}"]
-    for key, label in (("coverage_reliable", "sure"), ("val_dice", "val Dice")):
+    parts = [f"loss {row['loss']:.2f}"]
+    for key, label in (("coverage_reliable", "sure"), ("val_dice", "Dice")):
         if row.get(key) is not None:
             parts.append(f"{label} {row[key]:.2f}")
     if row.get("time_step_s") is not None:
-        parts.append(f"{row['time_step_s']:.2f} s/step")
-    return "  ".join(parts)
+        parts.append(f"{row['time_step_s']:.1f} s")
+    return " ".join(parts)
