@@ -20,6 +20,7 @@ from distseg.losses.similarity_entropy import similarity_entropy
 from distseg.matching.prototypes import class_prototypes, prototype_similarity
 from distseg.methods.base import At, Method, Share, Targets, Terms, share
 from distseg.methods.uncertainty import reliable_voxels, uncertainty_and_label
+from distseg.networks.best_class import best_class
 from distseg.networks.stochastic import Generators
 from distseg.networks.unet import NetworkOutput, UNet3D
 
@@ -61,7 +62,7 @@ class EmbeddingMatching(Method):
     def terms(self, output: NetworkOutput, targets: Targets) -> Terms:
         label, reliable, present = _given(targets.label), _given(targets.reliable), _given(targets.present)
         similarity = prototype_similarity(output.embeddings, _given(targets.prototypes), present)  # [B, K, Z, Y, X]
-        matched = similarity.detach().argmax(1)  # Eq 3: K(f+, q) > K(f-, q)
+        matched = best_class(similarity.detach())  # Eq 3: K(f+, q) > K(f-, q)
         surface = present[:, 0] & present[:, 1:].any(1)  # [B]: without one, L_NN = L_EN = 0
         unreliable = ~reliable & surface.view(-1, 1, 1, 1)
 

@@ -50,7 +50,7 @@ class Clock:
 
     def watch(self, network: UNet3D) -> None:
         """Count every forward pass of `network` under "network", whoever asks for it."""
-        for name in ("encode", "decode"):
+        for name in ("forward", "before_dropout", "after_dropout"):
             setattr(network, name, self._timed(getattr(network, name)))
 
     def _timed(self, method: Callable[..., Result]) -> Callable[..., Result]:
