@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from monai.networks.blocks.acti_norm import ADN
 from monai.networks.blocks.convolutions import Convolution
 from torch import Tensor, nn
 from torch.nn import functional
@@ -52,7 +53,6 @@ class UNet3D(nn.Module):
         self.stride = 2 ** (levels - 1)
         self.activation_checkpointing = activation_checkpointing
         encoder_rate = dropout_rate if dropout == "all" else 0.0
-        decoder_rates = [dropout_rate if dropout != "last" else 0.0] * (levels - 2)  # of all levels but the finest
         first = [base_filters * 2**level for level in range(levels)]  # filters of each level's first convolution
         second = [2 * f for f in first] if widening == "within" else first
         self.encoder = nn.ModuleList(
@@ -62,17 +62,15 @@ class UNet3D(nn.Module):
         self.pool = nn.MaxPool3d(2)
         self.embedding_width = 2 * base_filters
         widths = [self.embedding_width, *second[1:]]  # of each level's last map
-        up_rate = dropout_rate if dropout != "last" else 0.0
-        self.up = nn.ModuleList(_block(width, width, up_rate, transposed=True) for width in reversed(widths[1:]))
+        self.up = nn.ModuleList(_block(width, width, dropout_rate, transposed=True) for width in reversed(widths[1:]))
         self.decoder = nn.ModuleList(
-            _level(skip + above, width, width, rate)
-            for skip, above, width, rate in zip(
-                reversed(second[:-1]), reversed(widths[1:]), reversed(widths[:-1]), [*decoder_rates, dropout_rate],
-                strict=True,
-            )
-        )  # fmt: skip
+            _level(skip + above, width, width, dropout_rate)
+            for skip, above, width in reversed(list(zip(second, widths[1:], widths, strict=False)))
+        )
         self.head = nn.Conv3d(self.embedding_width, num_classes, kernel_size=1)
         self.apply(_he_initialise)
+        if dropout == "last":
+            _remove_dropout(self.up, self.decoder[:-1])
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """[B, C, Z, Y, X] -> one map a level, finest first."""
@@ -148,6 +146,13 @@ def _block(in_channels: int, out_channels: int, rate: float, *, transposed: bool
 
 def _level(in_channels: int, middle: int, out_channels: int, rate: float) -> nn.Module:
     return nn.Sequential(_block(in_channels, middle, rate), _block(middle, out_channels, rate))
+
+
+def _remove_dropout(*parts: nn.Module) -> None:
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, ADN) and hasattr(module, "D"):
+                del module.D
 
 
 def _part_of(level: nn.Module, x: Tensor, start: int) -> Tensor:

@@ -20,7 +20,7 @@ def compile_network(network: UNet3D) -> None:
     Dropout keeps torch's own random numbers (`fallback_random`) and so its masks: losses are those without compiling,
     to rounding. On a CPU, where masks belong to slots, each dropout splits the graph.
     """
-    for name in ("forward", "before_dropout", "after_dropout"):
+    for name in ("encode", "decode", "before_dropout", "after_dropout"):
         compiled = torch.compile(getattr(network, name), dynamic=False, options={"fallback_random": True})
         setattr(network, name, compiled)
 
