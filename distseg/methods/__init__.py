@@ -18,13 +18,16 @@ def uses_bank(config: TrainRunConfig) -> bool:
     return config.method.name == "embedding_matching" and config.matching.kind == "index"
 
 
-def make_method(config: TrainRunConfig, *, num_classes: int, bank_of: Callable[[int], Bank] | None = None) -> Method:
+def _no_bank(step: int) -> Bank:
+    raise RuntimeError(f"step {step} asks for a bank, and this method was made without")  # an invariant of callers
+
+
+def make_method(config: TrainRunConfig, *, num_classes: int, bank_of: Callable[[int], Bank] = _no_bank) -> Method:
     """The method that `config.method.name` names (the schema has checked that there is one).
 
-    `bank_of` gives the bank that serves a step; needed where `uses_bank` says so.
+    `bank_of` gives the bank that serves a step; who trains where `uses_bank` says so gives one.
     """
     if uses_bank(config):
-        assert bank_of is not None, "who trains with a bank gives one"
         return BankMatching(config.method, num_classes=num_classes, matching=config.matching, bank_of=bank_of)
     if config.method.name == "embedding_matching":
         return EmbeddingMatching(

@@ -133,7 +133,8 @@ def start_session(
             device=device,
         )
         banks = Banks(builder, service, every_steps=config.references.every_steps, communicator=communicator)
-    method = make_method(config, num_classes=plan.num_classes, bank_of=banks.serving if banks else None)
+    serving = {"bank_of": banks.serving} if banks else {}
+    method = make_method(config, num_classes=plan.num_classes, **serving)
     doubt = _doubt(config, plan, run, reader, communicator) if method.uses_unlabelled else None
     return Session(
         config=config,
