@@ -30,8 +30,8 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
     def teach(self, teacher: UNet3D, batch: Batch, at: At, generators: Generators | None) -> Targets:
         with torch.inference_mode():
             passes = self.stochastic_passes(teacher, batch, generators)
-            entropy, _ = uncertainty_and_label(passes[1:], uncertainty=self.config.uncertainty)
-            reliable, threshold = reliable_voxels(entropy, self.config, at=at, num_classes=self.num_classes)
+            entropy, label = uncertainty_and_label(passes[1:], uncertainty=self.config.uncertainty)
+            reliable, threshold = reliable_voxels(entropy, label, self.config, at=at, num_classes=self.num_classes)
         # Clones made outside inference mode, so that the student's backward pass may keep them.
         return Targets(reliable=reliable.clone(), logits=passes[0].clone(), threshold_nats=threshold.clone())
 
