@@ -48,14 +48,16 @@ class NetworkConfig:
     base_filters: int = 8
     levels: int = 4
     widening: str = "between"  # within: filters double inside a level (Cicek); between: from level to level
-    dropout: str = "all"  # all: after every convolution but the output's (paper); decoder: the encoder runs once
+    # Monte-Carlo passes share what comes before dropout. all: after every convolution but the output's (paper);
+    # decoder: not in the encoder; last: after the finest decoder level's convolutions alone.
+    dropout: str = "all"
     dropout_rate: float = 0.15
 
     def __post_init__(self) -> None:
         at_least("network.base_filters", self.base_filters, 1)
         between("network.levels", self.levels, 2, 7)
         one_of("network.widening", self.widening, ("within", "between"))
-        one_of("network.dropout", self.dropout, ("all", "decoder"))
+        one_of("network.dropout", self.dropout, ("all", "decoder", "last"))
         between("network.dropout_rate", self.dropout_rate, 0.0, 0.9)
 
 
@@ -246,7 +248,11 @@ class TrainConfig:
     validate_every_steps: int | None = None  # None: four looks a run, where there is a val split
     validation_patches: int = 64
     ema_decay: float = 0.99
-    precision: str = "auto"  # auto: bfloat16 on a GPU, float32 on CPU; float64 is for tests
+    # auto: bfloat16 on a GPU that has it, float32 elsewhere. bfloat16 is faster on CPUs with AVX512_BF16 or AMX too;
+    # float64 is for tests.
+    precision: str = "auto"
+    channels_last: bool = False  # maps as channels_last_3d: GPUs' convolutions prefer it
+    compile: bool = False  # torch.compile the networks; the first steps take minutes
     activation_checkpointing: bool = False  # GPU only: recompute maps in the backward pass instead of keeping them
     profile: bool = False  # a trace and a table of a few steps in RUN/profile
     diagnostics: bool = False  # open hidden truth of unlabelled scans to measure matched_accuracy; never trains on it

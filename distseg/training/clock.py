@@ -21,6 +21,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._stopped = False
+        self._in_network = False
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -49,14 +50,20 @@ class Clock:
             self._seconds[name] += time.perf_counter() - begun
 
     def watch(self, network: UNet3D) -> None:
-        """Count every forward pass of `network` under "network", whoever asks for it."""
-        for name in ("encode", "decode"):
+        """Count every forward pass of `network` under "network", whoever asks for it; a part of another one once."""
+        for name in ("encode", "decode", "before_dropout", "after_dropout"):
             setattr(network, name, self._timed(getattr(network, name)))
 
     def _timed(self, method: Callable[..., Result]) -> Callable[..., Result]:
         def timed(*args: Any) -> Result:
-            with self.section("network"):
+            if self._in_network:
                 return method(*args)
+            self._in_network = True
+            try:
+                with self.section("network"):
+                    return method(*args)
+            finally:
+                self._in_network = False
 
         return timed
 

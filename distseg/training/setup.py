@@ -17,13 +17,17 @@ from distseg.inference.model import build_network
 from distseg.methods import make_method, uses_bank
 from distseg.methods.base import Method
 from distseg.networks.ema import make_teacher
+from distseg.training.allocator import keep_large_buffers
 from distseg.training.bank import Banks, MakeReferenceService
 from distseg.training.bank_builder import ReferenceBuilder
 from distseg.training.bank_folder import BankFolder, LocalReferences
 from distseg.training.checkpoint import Checkpoint, load_newest
+from distseg.training.compiled import check_compiler, compile_network
 from distseg.training.doubt import DoubtCentres
 from distseg.training.feed import Feed
+from distseg.training.optimizer import load_optimizer, make_optimizer
 from distseg.training.plan import Plan, make_plan
+from distseg.training.precision import resolved_precision
 from distseg.training.reduce import Communicator, FlatGradients
 from distseg.training.run import RunDirectory
 from distseg.training.step import Learner, StepSettings
@@ -78,9 +82,9 @@ def start_session(
         raise RuntimeError("open_run comes first")  # an invariant of the launchers
     plan = stored.plan
     device = torch.device("cuda", torch.cuda.current_device()) if wants_gpu(config) else torch.device("cpu")
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
+    if device.type == "cpu":
+        keep_large_buffers()
+    precision = resolved_precision(config.train.precision, device)
     dtype = _DTYPES[precision]
     torch.manual_seed(torch_seed(config.seed, Purpose.INITIAL_WEIGHTS))
     student = build_network(
@@ -88,23 +92,24 @@ def start_session(
         num_classes=plan.num_classes,
         activation_checkpointing=config.train.activation_checkpointing,
     ).to(device=device, dtype=dtype)
-    optimizer = torch.optim.Adam(
-        student.parameters(),
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-        fused=True,
-    )
+    if config.train.channels_last:
+        student = student.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch types 4-D only
+    optimizer = make_optimizer(student.parameters(), config.optimizer)
     teacher = make_teacher(student)
     checkpoint, branched = _where_it_left_off(config, run)
     first_step, offset = 1, 0
     if checkpoint is not None:
         student.load_state_dict(checkpoint.student)
         teacher.load_state_dict(checkpoint.student if branched else checkpoint.teacher)
-        optimizer.load_state_dict(checkpoint.optimizer)
+        load_optimizer(optimizer, checkpoint.optimizer)
         for group in optimizer.param_groups:
             group["betas"] = tuple(config.optimizer.betas)  # this run's, not those of the run it branches from
         first_step = 1 if branched else checkpoint.step + 1
         offset = checkpoint.schedule_step - (0 if branched else checkpoint.step)
+    if config.train.compile:
+        check_compiler(config)
+        for network in (student, teacher):
+            compile_network(network)
     cohort = Cohort.open(config.cohort)
     reader = PatchReader(
         cohort,
