@@ -144,7 +144,7 @@ class MethodConfig:
     threshold: str = "paper"
     threshold_value: float = 0.75
     temperature: float = 1.0  # of Eq 4; 1 is the paper's
-    entropy_over: str = "all"  # voxels that L_EN is taken over: all (Eq 4 as written) or the unreliable
+    entropy_over: str = "unreliable"  # voxels that L_EN is taken over: those that are matched, or all (Eq 4 as written)
 
     def __post_init__(self) -> None:
         one_of("method", self.name, METHOD_NAMES)
@@ -163,10 +163,10 @@ class MatchingConfig:
     """How unreliable voxels find their references.
 
     `prototypes`: all references of the slot's own labelled patch at once (the paper). `index`: the `k` nearest of each
-    class in a bank over all labelled scans, searched by FAISS or torch.
+    class in a bank over all labelled scans, searched by FAISS or torch; the default, by tests/bench/RESULTS.md.
     """
 
-    kind: str = "prototypes"
+    kind: str = "index"
     similarity: str = "cosine"  # euclid: 1 / (1 + distance)
     reduction: str = "mean"  # how a class's references speak as one: mean, max, or softmax-weighted mean
     temperature: float = 0.1  # of the softmax-weighted mean

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distseg.config.compose import train_config
-from distseg.config.schema import MethodConfig
+from distseg.config.schema import MatchingConfig, MethodConfig
 from distseg.data.batch import Batch, collate
 from distseg.data.keys import Purpose, torch_generators
 from distseg.losses.supervised import supervised_loss
@@ -47,7 +47,8 @@ def _one_thread() -> Iterator[None]:
 
 def make(name: str, *, num_classes: int = 2, **overrides: Any) -> Method:
     keys = {"method.passes": 2, **{key.replace("__", "."): value for key, value in overrides.items()}}
-    return make_method(train_config(cohort="c", run="r", method=name, overrides=keys), num_classes=num_classes)
+    config = train_config(cohort="c", run="r", method=name, matching="prototypes", overrides=keys)
+    return make_method(config, num_classes=num_classes)
 
 
 def one_slot(step: int, slot: int, *, num_classes: int = 2, label: int | None = None) -> Batch:
@@ -229,7 +230,12 @@ def test_eq_5_by_hand() -> None:
         "matched_accuracy/part": 0.0,
         "matched_accuracy/whole": 0.0,
     }
-    row = record(logged, method=EmbeddingMatching(MethodConfig(), num_classes=2), at=At(50, 100), batch_size=2)
+    row = record(
+        logged,
+        method=EmbeddingMatching(MethodConfig(), num_classes=2, matching=MatchingConfig(), draws=1),
+        at=At(50, 100),
+        batch_size=2,
+    )
     assert row["loss"] == pytest.approx(0.4788077, abs=1e-6)
     assert row["step"] == 50
     assert row["weight_supervised"] == 1.0
@@ -298,7 +304,7 @@ def test_where_gradients_go() -> None:
     targets = Targets(
         label=torch.zeros(1, *CUBE, dtype=torch.long),
         reliable=torch.zeros(1, *CUBE, dtype=torch.bool),
-        prototypes=torch.randn(1, 2, 3, generator=random, dtype=F64),
+        references=torch.randn(1, 2, 3, generator=random, dtype=F64),
         present=torch.ones(1, 2, dtype=torch.bool),
     )
     losses = method.terms(NetworkOutput(logits, embeddings), targets).losses
@@ -334,7 +340,7 @@ def test_the_reference_pass_is_deterministic() -> None:
         method.teach(learner.teacher, batch, At(1, 3), torch_generators(seed, Purpose.TEACHER, 1, (0, 1), 2))
         for seed in (1, 2)
     ]
-    assert torch.equal(targets[0].prototypes, targets[1].prototypes)
+    assert torch.equal(targets[0].references, targets[1].references)
     assert not torch.equal(targets[0].label, targets[1].label)
     with torch.no_grad():
         embeddings = learner.teacher.eval()(batch.reference_image).embeddings.flatten(2)
@@ -342,7 +348,7 @@ def test_the_reference_pass_is_deterministic() -> None:
         for value in range(2):
             index = batch.reference_index[slot, value]
             units = torch.nn.functional.normalize(embeddings[slot][:, index], dim=0)
-            torch.testing.assert_close(targets[0].prototypes[slot, value], units.mean(1), rtol=0, atol=1e-12)
+            torch.testing.assert_close(targets[0].references[slot, value], units.mean(1), rtol=0, atol=1e-12)
 
 
 def test_shares_of_a_step() -> None:
