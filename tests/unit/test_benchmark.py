@@ -450,7 +450,7 @@ def test_shipped_suites() -> None:
     ]  # fmt: skip
     assert (protocol.phase_a_steps, protocol.phase_b_steps, protocol.seeds) == (600, 400, (0, 1, 2))
     assert (protocol.labelled, protocol.overlap) == ((4,), 0.25)
-    assert protocol.against == ("supervised", "mean_teacher", "uamt")
+    assert protocol.against == ("supervised", "mean_teacher", "uamt", "as_published")
     assert load_suite("smoke").hash() != protocol.hash()
 
 
