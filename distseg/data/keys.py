@@ -26,6 +26,9 @@ class Purpose(IntEnum):
     TEACHER = 9
     VALIDATION = 10
     DOUBT = 11
+    HEAD_WEIGHTS = 20
+    HEADS = 21
+    LABELLED_PATCHES = 22
 
 
 def _sequence(seed: int, purpose: Purpose, counters: tuple[int, ...]) -> np.random.SeedSequence:

@@ -11,7 +11,7 @@ from distseg.evaluation.benchmark_tables import SIGNIFICANT, Reading
 from distseg.evaluation.page import Picture, document, failures_html, glossary, heading, picture_html, section
 
 SEEDS_TO_RANK = 3  # METHOD section 5
-_TEXT_COLUMNS = ("Metric", "Reads", "State")
+_TEXT_COLUMNS = ("Metric", "Reads", "State", "Passes per step")
 
 
 @dataclass(frozen=True)

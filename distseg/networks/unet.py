@@ -8,6 +8,7 @@ dropout by element after every convolution but the output's (Xie et al. 2024, se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,8 @@ class UNet3D(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.dropout_rate = dropout, dropout_rate
+        self.num_classes = num_classes
         self.stride = 2 ** (levels - 1)
         self.activation_checkpointing = activation_checkpointing
         encoder_rate = dropout_rate if dropout == "all" else 0.0
@@ -59,14 +61,11 @@ class UNet3D(nn.Module):
         )
         self.pool = nn.MaxPool3d(2)
         self.embedding_width = 2 * base_filters
-        widths = [self.embedding_width, *second[1:]]  # of each level's last map
-        self.up = nn.ModuleList(_block(width, width, dropout_rate, transposed=True) for width in reversed(widths[1:]))
-        self.decoder = nn.ModuleList(
-            _level(skip + above, width, width, dropout_rate)
-            for skip, above, width in reversed(list(zip(second, widths[1:], widths, strict=False)))
-        )
+        self.encoder_widths = tuple(second)  # of each level's encoder map, finest first
+        self.decoder_widths = (self.embedding_width, *second[1:])  # of each level's last map
+        self.up, self.decoder = decoder_stack(self.encoder_widths, self.decoder_widths, dropout_rate)
         self.head = nn.Conv3d(self.embedding_width, num_classes, kernel_size=1)
-        self.apply(_he_initialise)
+        self.apply(he_initialise)
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """[B, C, Z, Y, X] -> one map a level, finest first."""
@@ -86,9 +85,28 @@ class UNet3D(nn.Module):
         return self.decode(self.encode(x))
 
     def _run(self, level: nn.Module, x: Tensor) -> Tensor:
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        out: Tensor = checkpoint(level, x, use_reentrant=False) if recompute else level(x)
-        return out
+        return run_level(level, x, recompute=self.activation_checkpointing)
+
+
+def decoder_stack(skips: Sequence[int], widths: Sequence[int], rate: float) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """A decoder's up-convolutions and levels, coarsest first.
+
+    Args:
+        skips: channels that each level but the coarsest takes from the encoder, finest first; 0 where it takes none.
+        widths: of each level's last map, finest first, the coarsest being the encoder's.
+    """
+    up = nn.ModuleList(_block(width, width, rate, transposed=True) for width in reversed(widths[1:]))
+    levels = nn.ModuleList(
+        _level(skip + above, width, width, rate)
+        for skip, above, width in reversed(list(zip(skips, widths[1:], widths, strict=False)))
+    )
+    return up, levels
+
+
+def run_level(level: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
+    """`recompute`: in the backward pass, instead of keeping the level's maps."""
+    out: Tensor = checkpoint(level, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else level(x)
+    return out
 
 
 def _block(in_channels: int, out_channels: int, rate: float, *, transposed: bool = False) -> nn.Module:
@@ -114,7 +132,8 @@ def _level(in_channels: int, middle: int, out_channels: int, rate: float) -> nn.
     return nn.Sequential(_block(in_channels, middle, rate), _block(middle, out_channels, rate))
 
 
-def _he_initialise(module: nn.Module) -> None:
+def he_initialise(module: nn.Module) -> None:
+    """He et al. 2015 for convolutions, zeros for their biases; for `Module.apply`."""
     if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:

@@ -9,20 +9,19 @@ import torch
 
 from distseg.config.schema import TrainRunConfig
 from distseg.data.cohort import Cohort
-from distseg.data.keys import Purpose, torch_seed
 from distseg.data.patches import PatchReader
 from distseg.data.slots import SlotSampler
 from distseg.errors import ConfigError
-from distseg.inference.model import build_network
 from distseg.methods import make_method
 from distseg.methods.base import Method
 from distseg.networks.ema import make_teacher
 from distseg.training.checkpoint import Checkpoint, load_newest
 from distseg.training.doubt import DoubtCentres
-from distseg.training.feed import Feed
+from distseg.training.feed import DistanceMaps, Feed
 from distseg.training.plan import Plan, make_plan
 from distseg.training.reduce import Communicator, FlatGradients
 from distseg.training.run import RunDirectory
+from distseg.training.start import new_networks, take_over
 from distseg.training.step import Learner, StepSettings
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of the weights
@@ -59,6 +58,7 @@ def open_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:
         return run, stored.plan
     parent = _parent(config)
     plan = make_plan(config, Cohort.open(config.cohort), parent=parent)
+    make_method(config, num_classes=plan.num_classes)  # refuses what it cannot serve before a directory is made
     run.create(config, plan)
     return run, plan
 
@@ -75,30 +75,24 @@ def start_session(config: TrainRunConfig, communicator: Communicator) -> Session
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
     dtype = _DTYPES[precision]
-    torch.manual_seed(torch_seed(config.seed, Purpose.INITIAL_WEIGHTS))
-    student = build_network(
-        config.network,
-        num_classes=plan.num_classes,
-        activation_checkpointing=config.train.activation_checkpointing,
-    ).to(device=device, dtype=dtype)
+    method = make_method(config, num_classes=plan.num_classes)
+    student, heads = new_networks(config, method, device=device, dtype=dtype)
     optimizer = torch.optim.Adam(
-        student.parameters(),
+        [*student.parameters(), *(heads.parameters() if heads is not None else ())],
         lr=config.optimizer.lr,
         betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
         fused=True,
     )
     teacher = make_teacher(student)
+    learner = Learner(student.train(), teacher, optimizer, FlatGradients(optimizer.param_groups[0]["params"]), heads)
     checkpoint, branched = _where_it_left_off(config, run)
     first_step, offset = 1, 0
     if checkpoint is not None:
-        student.load_state_dict(checkpoint.student)
-        teacher.load_state_dict(checkpoint.student if branched else checkpoint.teacher)
-        optimizer.load_state_dict(checkpoint.optimizer)
+        take_over(learner, checkpoint, branched=branched)
         for group in optimizer.param_groups:
             group["betas"] = tuple(config.optimizer.betas)  # this run's, not those of the run it branches from
         first_step = 1 if branched else checkpoint.step + 1
         offset = checkpoint.schedule_step - (0 if branched else checkpoint.step)
-    method = make_method(config, num_classes=plan.num_classes)
     cohort = Cohort.open(config.cohort)
     reader = PatchReader(
         cohort,
@@ -111,7 +105,7 @@ def start_session(config: TrainRunConfig, communicator: Communicator) -> Session
         config=config,
         plan=plan,
         run=run,
-        learner=Learner(student.train(), teacher, optimizer, FlatGradients(student.parameters())),
+        learner=learner,
         method=method,
         reader=reader,
         feed=_feed(config, plan, cohort, reader, method, communicator, doubt),
@@ -163,6 +157,7 @@ def _feed(
         num_classes=plan.num_classes,
         references=config.references if method.needs_references else None,
         needs_unlabelled=method.uses_unlabelled,
+        distances=DistanceMaps(plan.spacing_mm, config.method.sdf_truncation_mm) if method.needs_distances else None,
         truth_of=annotated if config.train.diagnostics else frozenset(),
     )
 

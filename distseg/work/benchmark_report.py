@@ -18,6 +18,8 @@ from distseg.evaluation.benchmark_page import BenchmarkPage, markdown_head, rend
 from distseg.evaluation.benchmark_tables import METRICS, RunScores, comparisons_csv, make_readings, summary_csv, to_csv
 from distseg.evaluation.figures import comparison_figure, png_bytes
 from distseg.evaluation.page import Picture
+from distseg.methods import make_method
+from distseg.methods.base import Passes
 from distseg.training.run import RunDirectory, write_atomic
 from distseg.work.benchmark_cells import Cell
 from distseg.work.benchmark_checks import Benchmark
@@ -94,6 +96,7 @@ def _facts(cell: Cell, error: str | None) -> dict[str, Any]:
         "seed": cell.seed,
         "state": state,
         "steps": len(rows),
+        **{f"{kind}_passes": count for kind, count in _passes(cell)._asdict().items()},
         "seconds_a_step": statistics.median(times) if times else None,
         "train_s": wall.get("train"),
         "evaluate_s": wall.get("evaluate"),
@@ -101,16 +104,22 @@ def _facts(cell: Cell, error: str | None) -> dict[str, Any]:
     }
 
 
+def _passes(cell: Cell) -> Passes:
+    return make_method(cell.config, num_classes=2).passes
+
+
 def _cost_grid(benchmark: Benchmark, facts: Sequence[Mapping[str, Any]], side_by_side: int) -> Grid:
     """A line a row and label count: means over its finished seeds."""
     lines = []
-    for cell in dict.fromkeys((c.row, c.labelled) for c in (*benchmark.phase_a, *benchmark.phase_b)):
+    passes = {(c.row, c.labelled): str(_passes(c)) for c in (*benchmark.phase_a, *benchmark.phase_b)}
+    for cell in passes:
         mine = [f for f in facts if (f["row"], f["labelled"]) == cell and f["state"] == "finished"]
         means = [_mean([f[key] for f in mine]) for key in ("steps", "seconds_a_step", "train_s", "evaluate_s")]
         lines.append(
             (
                 f"{cell[0]}, {cell[1]} labelled",
                 text(means[0], 0),
+                passes[cell],
                 text(means[1], 3),
                 *(text(None if seconds is None else seconds / 60, 1) for seconds in means[2:]),
                 str(len(mine)),
@@ -120,8 +129,8 @@ def _cost_grid(benchmark: Benchmark, facts: Sequence[Mapping[str, Any]], side_by
     note = (
         f"Wall times of a cell, mean over its seeds, with {side_by_side} cells side by side; {sum(known) / 3600:.2f} "
     )
-    note += "hours of all cells together."
-    head = ("Cell", "Steps", "Seconds a step", "Training, min", "Evaluation, min", "Finished")
+    note += "hours of all cells together. Passes are a slot's: rows of equal steps are not of equal compute."
+    head = ("Cell", "Steps", "Passes per step", "Seconds a step", "Training, min", "Evaluation, min", "Finished")
     return Grid("What it took", head, tuple(lines), note)
 
 
