@@ -23,6 +23,7 @@ class DataConfig:
     spacing_mm: list[float] | None = None  # Z Y X; None: the median spacing of the labelled training scans
     labeled_scans: int | None = None
     labeled_ids: list[str] | None = None  # names the labelled scans outright, instead of a seeded draw
+    labeled_patches: int | None = None  # of the labelled scans, patches of a lattice that are labelled; None: all of it
     subset_seed: int = 0
     mirror_pairs: list[list[str]] | None = None  # classes that swap under a left-right flip
     memory_gib: float = 4.0  # training volumes kept in RAM, a worker; the rest is read patch by patch
@@ -38,6 +39,8 @@ class DataConfig:
             )
         if self.labeled_scans is not None:
             at_least("data.labeled_scans", self.labeled_scans, 1)
+        if self.labeled_patches is not None:
+            at_least("data.labeled_patches", self.labeled_patches, 1)
         at_least("data.subset_seed", self.subset_seed, 0)
         between("data.memory_gib", self.memory_gib, 0.0, 1e5)
 
@@ -432,7 +435,7 @@ class BenchmarkConfig:
     run: str = MISSING
     suite: str = "smoke"  # one of conf/suites, or the path of a YAML file
     rows: list[str] | None = None
-    labelled: list[int] | None = None
+    labelled: list[str] | None = None
     seeds: list[int] | None = None
     phase_a_from: str | None = (
         None  # another benchmark's directory, whose phase A is branched from where it is the same

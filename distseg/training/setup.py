@@ -9,6 +9,7 @@ import torch
 
 from distseg.config.schema import TrainRunConfig
 from distseg.data.cohort import Cohort
+from distseg.data.lattice import LabelledPatches
 from distseg.data.patches import PatchReader
 from distseg.data.slots import SlotSampler
 from distseg.errors import ConfigError
@@ -139,11 +140,13 @@ def _feed(
     communicator: Communicator,
     doubt: DoubtCentres | None,
 ) -> Feed:
+    size = config.sampling.patch_zyx
     sampler = SlotSampler(
         reader,
         labelled=plan.labelled,
         unlabelled=plan.unlabelled,
-        patch_zyx=config.sampling.patch_zyx,
+        patch_zyx=size,
+        patches=LabelledPatches(reader, plan.patches, size) if plan.patches else None,
         foreground_share=config.sampling.foreground_share,
         augmentation=plan.augmentation(config),
         seed=config.seed,
