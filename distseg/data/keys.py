@@ -26,6 +26,10 @@ class Purpose(IntEnum):
     TEACHER = 9
     VALIDATION = 10
     DOUBT = 11
+    BANK_PATCH = 12
+    BANK_PASSES = 13
+    BANK_VOXELS = 14
+    BANK_INDEX = 15
     HEAD_WEIGHTS = 20
     HEADS = 21
     LABELLED_PATCHES = 22

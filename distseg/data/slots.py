@@ -37,6 +37,7 @@ class SlotSampler:
         labelled, unlabelled: scan ids, in an order that is the same on every rank.
         patches: where labels may be looked at, if not in all of the labelled scans.
         doubt: the list of centres that serves a step, of which `doubt_share` of the unlabelled patches are drawn.
+        purpose: what the labelled patches are for; another one draws others.
     """
 
     def __init__(
@@ -52,14 +53,15 @@ class SlotSampler:
         patches: LabelledPatches | None = None,
         doubt_share: float = 0.0,
         doubt: Callable[[int], Sequence[Centre]] | None = None,
+        purpose: Purpose = Purpose.LABELLED_PATCH,
     ) -> None:
         self.labelled, self.unlabelled, self.seed = tuple(labelled), tuple(unlabelled), seed
         self._reader, self._size = reader, tuple(int(n) for n in patch_zyx)
         self._foreground_share, self._augmentation = foreground_share, augmentation
-        self._patches, self._doubt_share, self._doubt = patches, doubt_share, doubt
+        self._patches, self._doubt_share, self._doubt, self._purpose = patches, doubt_share, doubt, purpose
 
     def labelled_patch(self, step: int, slot: int) -> Patch:
-        rng = generator(self.seed, Purpose.LABELLED_PATCH, step, slot)
+        rng = generator(self.seed, self._purpose, step, slot)
         if self._patches is not None:
             scan_id, start = self._patches.draw(rng, foreground_share=self._foreground_share)
             return self._cut(scan_id, start, rng, with_label=True)

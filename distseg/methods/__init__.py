@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from distseg.config.schema import TrainRunConfig
 from distseg.errors import ConfigError
+from distseg.matching.bank import Bank
+from distseg.methods.bank_matching import BankMatching
 from distseg.methods.base import Method
 from distseg.methods.cct import CrossConsistency
 from distseg.methods.dtc import DualTaskConsistency
@@ -24,10 +28,19 @@ KINDS: dict[str, type[Method]] = {
 }
 
 
-def make_method(config: TrainRunConfig, *, num_classes: int) -> Method:
+def uses_bank(config: TrainRunConfig) -> bool:
+    return config.method.name == "embedding_matching" and config.matching.kind == "index"
+
+
+def _no_bank(step: int) -> Bank:
+    raise RuntimeError(f"step {step} asks for a bank, and this method was made without")  # an invariant of callers
+
+
+def make_method(config: TrainRunConfig, *, num_classes: int, bank_of: Callable[[int], Bank] = _no_bank) -> Method:
     """The method that `config.method.name` names (the schema has checked that there is one).
 
-    Raises ConfigError where it cannot serve so many classes.
+    `bank_of` gives the bank that serves a step; who trains where `uses_bank` says so gives one. Raises ConfigError
+    where the method cannot serve so many classes.
     """
     kind = KINDS[config.method.name]
     if kind.max_classes is not None and num_classes > kind.max_classes:
@@ -37,5 +50,11 @@ def make_method(config: TrainRunConfig, *, num_classes: int) -> Method:
             value=config.method.name,
             rule=f"at most {kind.max_classes} with the background, the cohort has {num_classes}",
             fix="choose another method",
+        )
+    if uses_bank(config):
+        return BankMatching(config.method, num_classes=num_classes, matching=config.matching, bank_of=bank_of)
+    if config.method.name == "embedding_matching":
+        return EmbeddingMatching(
+            config.method, num_classes=num_classes, matching=config.matching, draws=config.references.draws
         )
     return kind(config.method, num_classes=num_classes)

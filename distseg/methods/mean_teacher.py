@@ -12,6 +12,7 @@ import torch
 from distseg.data.batch import Batch
 from distseg.losses.consistency import consistency_loss
 from distseg.methods.base import At, Method, Targets, Terms, share
+from distseg.networks.best_class import best_class
 from distseg.networks.stochastic import Generators
 from distseg.networks.unet import NetworkOutput, UNet3D
 
@@ -28,10 +29,11 @@ class MeanTeacher(Method):
 
     @torch.no_grad()
     def teach(self, teacher: UNet3D, batch: Batch, at: At, generators: Generators | None) -> Targets:
-        logits = self.stochastic_passes(teacher, batch, generators)
-        return Targets(logits=logits[0])
+        with torch.inference_mode():
+            logits = self.stochastic_passes(teacher, batch, generators)
+        return Targets(logits=logits[0].clone())  # made outside, so that the student's backward pass may keep it
 
     def terms(self, output: NetworkOutput, targets: Targets) -> Terms:
         assert targets.logits is not None, "teach fills it in"
         loss = consistency_loss(output.logits, targets.logits)
-        return Terms({"consistency": loss}, {"foreground_pseudo": share(targets.logits.argmax(1) > 0)})
+        return Terms({"consistency": loss}, {"foreground_pseudo": share(best_class(targets.logits) > 0)})

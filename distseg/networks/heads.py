@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distseg.networks.dropout import keyed
 from distseg.networks.perturb import Generators, Perturbation, channel_dropout, feature_drop, feature_noise
-from distseg.networks.unet import UNet3D, decoder_stack, he_initialise, run_level
+from distseg.networks.unet import UNet3D, decoder_stack, he_initialise, remove_dropout, run_level
 
 
 class AuxiliaryDecoder(nn.Module):
@@ -26,9 +26,12 @@ class AuxiliaryDecoder(nn.Module):
         self.skips = skips
         self.recompute = trunk.activation_checkpointing
         widths = trunk.encoder_widths if skips else [0] * len(trunk.encoder_widths)
-        self.up, self.levels = decoder_stack(widths, trunk.decoder_widths, trunk.dropout_rate)
+        up, levels = decoder_stack(widths, trunk.decoder_widths, trunk.dropout_rate)
+        self.up, self.levels = nn.ModuleList(up), nn.ModuleList(levels)
         self.head = nn.Conv3d(trunk.embedding_width, trunk.num_classes, kernel_size=1)
         self.apply(he_initialise)
+        if trunk.dropout == "last":
+            remove_dropout(self.up, self.levels[:-1])
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """-> [B, K, Z, Y, X]."""

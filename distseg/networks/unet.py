@@ -12,11 +12,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from monai.networks.blocks.acti_norm import ADN
 from monai.networks.blocks.convolutions import Convolution
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from distseg.networks import dropout as _registers_keyed  # noqa: F401  # MONAI's factory learns "keyed" on import
+
+PASSES = ("encode", "decode", "before_dropout", "after_dropout")  # the network's own parts of a forward pass
 
 
 class NetworkOutput(NamedTuple):
@@ -30,8 +34,8 @@ class UNet3D(nn.Module):
     Args:
         widening: "within" is Cicek's: the two convolutions of encoder level l have f 2^l and 2 f 2^l filters, so its
             half-size network has f = 16. "between": both have f 2^l; a third of the cost, for CPUs.
-        dropout: "all" puts dropout after every convolution but the output's; "decoder" only in the decoder, so that
-            Monte-Carlo passes share one encoder pass.
+        dropout: "all" puts dropout after every convolution but the output's; "decoder" only in the decoder and "last"
+            only after the finest decoder level's convolutions, so that Monte-Carlo passes share what comes before.
         activation_checkpointing: recompute each level in the backward pass instead of keeping its maps.
     """
 
@@ -63,9 +67,12 @@ class UNet3D(nn.Module):
         self.embedding_width = 2 * base_filters
         self.encoder_widths = tuple(second)  # of each level's encoder map, finest first
         self.decoder_widths = (self.embedding_width, *second[1:])  # of each level's last map
-        self.up, self.decoder = decoder_stack(self.encoder_widths, self.decoder_widths, dropout_rate)
+        up, decoder = decoder_stack(self.encoder_widths, self.decoder_widths, dropout_rate)
+        self.up, self.decoder = nn.ModuleList(up), nn.ModuleList(decoder)
         self.head = nn.Conv3d(self.embedding_width, num_classes, kernel_size=1)
         self.apply(he_initialise)
+        if dropout == "last":
+            remove_dropout(self.up, self.decoder[:-1])
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """[B, C, Z, Y, X] -> one map a level, finest first."""
@@ -84,22 +91,52 @@ class UNet3D(nn.Module):
     def forward(self, x: Tensor) -> NetworkOutput:
         return self.decode(self.encode(x))
 
+    def before_dropout(self, x: Tensor) -> list[Tensor]:
+        """Maps that passes with other dropout masks share, for `after_dropout`.
+
+        "decoder": the deepest map, and for each decoder level, coarsest first, what its first convolution makes of the
+        skip: it is linear, so the skip's part and the part from below are computed apart and added. "last": the finest
+        level's map before its first dropout.
+        """
+        features = self.encode(x)
+        skips = features[-2::-1]
+        if self.dropout == "decoder":
+            return [features[-1], *(_part_of(level, s, 0) for level, s in zip(self.decoder, skips, strict=True))]
+        y = features[-1]
+        for up, level, skip in zip(self.up, self.decoder, skips, strict=True):
+            y = torch.cat([skip, up(y)], dim=1)
+            y = level(y) if level is not self.decoder[-1] else level[0].conv(y)
+        return [_normed(self.decoder[-1][0], y)]
+
+    def after_dropout(self, shared: list[Tensor]) -> NetworkOutput:
+        """One pass from the maps of `before_dropout`, repeated along the batch for several."""
+        if self.dropout == "decoder":
+            y, *skips = shared
+            for up, level, skip in zip(self.up, self.decoder, skips, strict=True):
+                below = up(y)
+                y = level[0].adn(_part_of(level, below, level[0].conv.in_channels - below.shape[1]).add_(skip))
+                y = level[1](y)
+        else:
+            first, second = self.decoder[-1]
+            y = second(first.adn.D(shared[0]))
+        return NetworkOutput(self.head(y), y)
+
     def _run(self, level: nn.Module, x: Tensor) -> Tensor:
         return run_level(level, x, recompute=self.activation_checkpointing)
 
 
-def decoder_stack(skips: Sequence[int], widths: Sequence[int], rate: float) -> tuple[nn.ModuleList, nn.ModuleList]:
+def decoder_stack(skips: Sequence[int], widths: Sequence[int], rate: float) -> tuple[list[nn.Module], list[nn.Module]]:
     """A decoder's up-convolutions and levels, coarsest first.
 
     Args:
         skips: channels that each level but the coarsest takes from the encoder, finest first; 0 where it takes none.
         widths: of each level's last map, finest first, the coarsest being the encoder's.
     """
-    up = nn.ModuleList(_block(width, width, rate, transposed=True) for width in reversed(widths[1:]))
-    levels = nn.ModuleList(
+    up = [_block(width, width, rate, transposed=True) for width in reversed(widths[1:])]
+    levels = [
         _level(skip + above, width, width, rate)
         for skip, above, width in reversed(list(zip(skips, widths[1:], widths, strict=False)))
-    )
+    ]
     return up, levels
 
 
@@ -130,6 +167,26 @@ def _block(in_channels: int, out_channels: int, rate: float, *, transposed: bool
 
 def _level(in_channels: int, middle: int, out_channels: int, rate: float) -> nn.Module:
     return nn.Sequential(_block(in_channels, middle, rate), _block(middle, out_channels, rate))
+
+
+def remove_dropout(*parts: nn.Module) -> None:
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, ADN) and hasattr(module, "D"):
+                del module.D
+
+
+def _part_of(level: nn.Module, x: Tensor, start: int) -> Tensor:
+    """What the first convolution of `level` makes of the channels `x`, of which `start` is the first."""
+    conv = level[0].conv  # type: ignore[index]  # a level is a Sequential of blocks
+    return functional.conv3d(x, conv.weight[:, start : start + x.shape[1]], padding=conv.padding)
+
+
+def _normed(block: nn.Module, x: Tensor) -> Tensor:
+    """What follows the convolution of `block`, without its dropout, which comes last."""
+    for name, layer in block.adn.named_children():  # type: ignore[union-attr, operator]  # MONAI's ADN
+        x = layer(x) if name != "D" else x
+    return x
 
 
 def he_initialise(module: nn.Module) -> None:

@@ -23,6 +23,11 @@ class PartialLabels:
     places: tuple[Place, ...]
     values: list[npt.NDArray[np.float32]]
 
+    @property
+    def scans(self) -> tuple[str, ...]:
+        """Those with a labelled patch."""
+        return tuple(sorted({scan_id for scan_id, _ in self.places}))
+
 
 def partial_labels(
     config: TrainRunConfig, cohort: Cohort, labelled: Sequence[str], spacing_mm: Sequence[float]

@@ -11,6 +11,7 @@ from distseg.inference.model import build_network
 from distseg.methods.base import Method
 from distseg.networks.unet import UNet3D
 from distseg.training.checkpoint import Checkpoint
+from distseg.training.optimizer import load_optimizer
 from distseg.training.step import Learner
 
 
@@ -27,9 +28,11 @@ def new_networks(
     )
     torch.manual_seed(torch_seed(config.seed, Purpose.HEAD_WEIGHTS))
     heads = method.make_heads(student)
-    if heads is not None:
-        heads = heads.to(device=device, dtype=dtype).train()
-    return student.to(device=device, dtype=dtype), heads
+    for network in (student, *([heads] if heads is not None else [])):
+        network.to(device=device, dtype=dtype)
+        if config.train.channels_last:
+            network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch types 4-D only
+    return student, heads
 
 
 def take_over(learner: Learner, checkpoint: Checkpoint, *, branched: bool) -> None:
@@ -46,4 +49,4 @@ def take_over(learner: Learner, checkpoint: Checkpoint, *, branched: bool) -> No
         state = {"state": moments, "param_groups": groups}
     elif learner.heads is not None:
         learner.heads.load_state_dict(checkpoint.heads)
-    learner.optimizer.load_state_dict(state)
+    load_optimizer(learner.optimizer, state)

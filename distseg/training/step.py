@@ -19,6 +19,7 @@ from distseg.data.batch import Batch
 from distseg.data.keys import Purpose, torch_generators, torch_seed
 from distseg.losses.supervised import supervised_loss
 from distseg.methods.base import At, Method, StudentPass, Terms
+from distseg.networks.best_class import best_class
 from distseg.networks.dropout import keyed
 from distseg.networks.ema import ema_decay, update_teacher
 from distseg.networks.stochastic import add_noise
@@ -160,7 +161,7 @@ def _randomness(
 
 def _count_foreground(logged: dict[str, Tensor], name: str, output: NetworkOutput) -> None:
     """The predicted foreground share: the alarm for flood and collapse (METHOD traps 9 and 10)."""
-    predicted = output.logits.detach().argmax(1)
+    predicted = best_class(output.logits.detach())
     _add(logged, f"{name}/part", (predicted > 0).sum())
     _add(logged, f"{name}/whole", _size(predicted))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +24,7 @@ from distseg.errors import DistsegError, InputError
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
+_WATCH_S = 0.5
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -128,7 +131,7 @@ class LocalExecutor:
 
     def _submit(self, fn: Callable[[Item], Value], item: Item, key: Callable[[Item], str]) -> Future[Outcome[Value]]:
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
+            self._pool = _new_pool(self.workers)
         # Processes start at submit and read these as they import numpy; this process keeps its own threads.
         threads = str(max(1, available_cores() // self.workers))
         before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
@@ -136,7 +139,7 @@ class LocalExecutor:
         try:
             return self._pool.submit(attempt, fn, item, key(item))
         except BrokenProcessPool:  # a worker died while idle: nothing was lost with it
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
+            self._pool = _new_pool(self.workers)
             return self._pool.submit(attempt, fn, item, key(item))
         finally:
             for name, value in before.items():
@@ -144,6 +147,23 @@ class LocalExecutor:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
+
+
+def _new_pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_end_with_parent, initargs=(os.getpid(),)
+    )
+
+
+def _end_with_parent(parent: int) -> None:
+    """Start a thread that ends this process once `parent` is gone: a killed driver must leave nobody at work."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def available_cores() -> int:
