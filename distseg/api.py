@@ -245,7 +245,7 @@ def benchmark(
     run: str | os.PathLike[str],
     suite: str | os.PathLike[str] | None = None,
     rows: Sequence[str] | None = None,
-    labelled: Sequence[int] | None = None,
+    labelled: Sequence[int | str] | None = None,
     seeds: Sequence[int] | None = None,
     phase_a_from: str | os.PathLike[str] | None = None,
     side_by_side: int | None = None,

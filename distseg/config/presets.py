@@ -31,6 +31,11 @@ METHODS: dict[str, Values] = {
             **_MEAN_TEACHER_NOISE,
         }
     },
+    # 30 over the first tenth of the run is for a mean over 21 classes; of two, as many of each voxel's squares weigh
+    # 30 x 2 / 21 (BASELINES section 3).
+    "cct": {"method": {"name": "cct", "weight_consistency": 3.0, "consistency_ramp": 0.1}},
+    "mtc": {"method": {"name": "mtc", "weight_reconstruction": 1.0}},
+    "dtc": {"method": {"name": "dtc", "weight_consistency": 1.0, "weight_sdf": 0.3}},
     "embedding_matching": {"method": {"name": "embedding_matching"}},
 }
 

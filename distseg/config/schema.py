@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from distseg.config.checks import at_least, at_least_one_of, between, one_of, require
 
 MISSING = "???"
-METHOD_NAMES = ("supervised", "mean_teacher", "uamt", "embedding_matching")
+METHOD_NAMES = ("supervised", "mean_teacher", "uamt", "cct", "mtc", "dtc", "embedding_matching")
+_WITHOUT_TEACHER = ("supervised", "cct", "mtc", "dtc")  # no pass of theirs needs dropout to differ from another
 PRESET_NAMES = ("small", "full", "xie2024")
 LAUNCHERS = ("ray", "local")
 
@@ -22,6 +23,7 @@ class DataConfig:
     spacing_mm: list[float] | None = None  # Z Y X; None: the median spacing of the labelled training scans
     labeled_scans: int | None = None
     labeled_ids: list[str] | None = None  # names the labelled scans outright, instead of a seeded draw
+    labeled_patches: int | None = None  # of the labelled scans, patches of a lattice that are labelled; None: all of it
     subset_seed: int = 0
     mirror_pairs: list[list[str]] | None = None  # classes that swap under a left-right flip
     memory_gib: float = 4.0  # training volumes kept in RAM, a worker; the rest is read patch by patch
@@ -37,6 +39,8 @@ class DataConfig:
             )
         if self.labeled_scans is not None:
             at_least("data.labeled_scans", self.labeled_scans, 1)
+        if self.labeled_patches is not None:
+            at_least("data.labeled_patches", self.labeled_patches, 1)
         at_least("data.subset_seed", self.subset_seed, 0)
         between("data.memory_gib", self.memory_gib, 0.0, 1e5)
 
@@ -128,13 +132,17 @@ class OptimizerConfig:
 
 @dataclass
 class MethodConfig:
-    """What turns teacher outputs into loss terms. A weight is the value its ramp reaches at the last step (Eq 1)."""
+    """What turns unlabelled patches into loss terms. A weight is the value its ramp reaches (Eq 1); those of
+    `loss_sdf` and `loss_reconstruction` are constant."""
 
     name: str = "embedding_matching"
     weight_ua: float = 0.25
     weight_nn: float = 0.125
     weight_en: float = 0.125
     weight_consistency: float = 0.1
+    weight_sdf: float = 0.3  # of DTC's regression of signed distances on labelled patches
+    weight_reconstruction: float = 1.0  # of MTC's, on labelled and unlabelled patches
+    consistency_ramp: float = 1.0  # share of the run over which weight_consistency ramps up
     passes: int = 5  # Monte-Carlo dropout passes of the teacher, M
     teacher_noise_sigma: float = 0.01
     teacher_noise_clip: float | None = None  # None: not clipped
@@ -145,11 +153,19 @@ class MethodConfig:
     threshold_value: float = 0.75
     temperature: float = 1.0  # of Eq 4; 1 is the paper's
     entropy_over: str = "unreliable"  # voxels that L_EN is taken over: those that are matched, or all (Eq 4 as written)
+    mask_gradient: bool = True  # MTC: gradients reach the segmentation through the masks of the reconstruction's target
+    sdf_sharpness: float = 1500.0  # DTC: k of sigmoid(-k z), which turns distances back into a mask
+    sdf_truncation_mm: float | None = None  # DTC: None divides by the patch's largest distance (the paper)
 
     def __post_init__(self) -> None:
         one_of("method", self.name, METHOD_NAMES)
-        for key in ("weight_ua", "weight_nn", "weight_en", "weight_consistency", "teacher_noise_sigma"):
+        weights = [key for key in vars(self) if key.startswith("weight_")]
+        for key in (*weights, "teacher_noise_sigma"):
             between(f"method.{key}", getattr(self, key), 0.0, 1e3)
+        between("method.consistency_ramp", self.consistency_ramp, 0.0, 1.0)
+        between("method.sdf_sharpness", self.sdf_sharpness, 1.0, 1e5)
+        if self.sdf_truncation_mm is not None:
+            between("method.sdf_truncation_mm", self.sdf_truncation_mm, 1e-3, 1e4)
         between("method.passes", self.passes, 1, 64)
         one_of("method.uncertainty", self.uncertainty, ("mean_of_entropies", "entropy_of_mean"))
         one_of("method.threshold", self.threshold, ("paper", "fixed", "quantile", "per_class"))
@@ -329,7 +345,7 @@ class TrainRunConfig:
         one_of("launcher", self.launcher, LAUNCHERS)
         at_least("seed", self.seed, 0)
         require(
-            self.method.name == "supervised" or self.network.dropout_rate > 0,
+            self.method.name in _WITHOUT_TEACHER or self.network.dropout_rate > 0,
             "network.dropout_rate",
             self.network.dropout_rate,
             f"above 0 with method={self.method.name}: its teacher's passes differ by dropout",
@@ -481,7 +497,7 @@ class BenchmarkConfig:
     run: str = MISSING
     suite: str = "smoke"  # one of conf/suites, or the path of a YAML file
     rows: list[str] | None = None
-    labelled: list[int] | None = None
+    labelled: list[str] | None = None
     seeds: list[int] | None = None
     phase_a_from: str | None = (
         None  # another benchmark's directory, whose phase A is branched from where it is the same

@@ -30,6 +30,9 @@ class Purpose(IntEnum):
     BANK_PASSES = 13
     BANK_VOXELS = 14
     BANK_INDEX = 15
+    HEAD_WEIGHTS = 20
+    HEADS = 21
+    LABELLED_PATCHES = 22
 
 
 def _sequence(seed: int, purpose: Purpose, counters: tuple[int, ...]) -> np.random.SeedSequence:

@@ -8,6 +8,7 @@ dropout by element after every convolution but the output's (Xie et al. 2024, se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from distseg.networks import dropout as _registers_keyed  # noqa: F401  # MONAI's factory learns "keyed" on import
+
+PASSES = ("encode", "decode", "before_dropout", "after_dropout")  # the network's own parts of a forward pass
 
 
 class NetworkOutput(NamedTuple):
@@ -49,7 +52,8 @@ class UNet3D(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.dropout_rate = dropout, dropout_rate
+        self.num_classes = num_classes
         self.stride = 2 ** (levels - 1)
         self.activation_checkpointing = activation_checkpointing
         encoder_rate = dropout_rate if dropout == "all" else 0.0
@@ -61,16 +65,14 @@ class UNet3D(nn.Module):
         )
         self.pool = nn.MaxPool3d(2)
         self.embedding_width = 2 * base_filters
-        widths = [self.embedding_width, *second[1:]]  # of each level's last map
-        self.up = nn.ModuleList(_block(width, width, dropout_rate, transposed=True) for width in reversed(widths[1:]))
-        self.decoder = nn.ModuleList(
-            _level(skip + above, width, width, dropout_rate)
-            for skip, above, width in reversed(list(zip(second, widths[1:], widths, strict=False)))
-        )
+        self.encoder_widths = tuple(second)  # of each level's encoder map, finest first
+        self.decoder_widths = (self.embedding_width, *second[1:])  # of each level's last map
+        up, decoder = decoder_stack(self.encoder_widths, self.decoder_widths, dropout_rate)
+        self.up, self.decoder = nn.ModuleList(up), nn.ModuleList(decoder)
         self.head = nn.Conv3d(self.embedding_width, num_classes, kernel_size=1)
-        self.apply(_he_initialise)
+        self.apply(he_initialise)
         if dropout == "last":
-            _remove_dropout(self.up, self.decoder[:-1])
+            remove_dropout(self.up, self.decoder[:-1])
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """[B, C, Z, Y, X] -> one map a level, finest first."""
@@ -120,9 +122,28 @@ class UNet3D(nn.Module):
         return NetworkOutput(self.head(y), y)
 
     def _run(self, level: nn.Module, x: Tensor) -> Tensor:
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        out: Tensor = checkpoint(level, x, use_reentrant=False) if recompute else level(x)
-        return out
+        return run_level(level, x, recompute=self.activation_checkpointing)
+
+
+def decoder_stack(skips: Sequence[int], widths: Sequence[int], rate: float) -> tuple[list[nn.Module], list[nn.Module]]:
+    """A decoder's up-convolutions and levels, coarsest first.
+
+    Args:
+        skips: channels that each level but the coarsest takes from the encoder, finest first; 0 where it takes none.
+        widths: of each level's last map, finest first, the coarsest being the encoder's.
+    """
+    up = [_block(width, width, rate, transposed=True) for width in reversed(widths[1:])]
+    levels = [
+        _level(skip + above, width, width, rate)
+        for skip, above, width in reversed(list(zip(skips, widths[1:], widths, strict=False)))
+    ]
+    return up, levels
+
+
+def run_level(level: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
+    """`recompute`: in the backward pass, instead of keeping the level's maps."""
+    out: Tensor = checkpoint(level, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else level(x)
+    return out
 
 
 def _block(in_channels: int, out_channels: int, rate: float, *, transposed: bool = False) -> nn.Module:
@@ -148,7 +169,7 @@ def _level(in_channels: int, middle: int, out_channels: int, rate: float) -> nn.
     return nn.Sequential(_block(in_channels, middle, rate), _block(middle, out_channels, rate))
 
 
-def _remove_dropout(*parts: nn.Module) -> None:
+def remove_dropout(*parts: nn.Module) -> None:
     for part in parts:
         for module in part.modules():
             if isinstance(module, ADN) and hasattr(module, "D"):
@@ -168,7 +189,8 @@ def _normed(block: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def _he_initialise(module: nn.Module) -> None:
+def he_initialise(module: nn.Module) -> None:
+    """He et al. 2015 for convolutions, zeros for their biases; for `Module.apply`."""
     if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
