@@ -26,6 +26,8 @@ class Purpose(IntEnum):
     TEACHER = 9
     VALIDATION = 10
     DOUBT = 11
+    LABEL = 20  # the teacher's passes over a whole scan
+    NEXT_TO_LABEL = 21
 
 
 def _sequence(seed: int, purpose: Purpose, counters: tuple[int, ...]) -> np.random.SeedSequence:

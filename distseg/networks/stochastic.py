@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from distseg.networks.dropout import dropout_active, keyed
-from distseg.networks.unet import UNet3D
+from distseg.networks.unet import NetworkOutput, UNet3D
 
 Generators = Sequence[torch.Generator]
 
@@ -29,16 +29,44 @@ def stochastic_logits(
     Args:
         generators: M * B of them, pass by pass; None draws from torch's global generator.
     """
+    (output,) = pass_outputs(
+        network,
+        image,
+        passes=passes,
+        at_once=passes,
+        noise_sigma=noise_sigma,
+        noise_clip=noise_clip,
+        generators=generators,
+    )
+    return output.logits.view(passes, image.shape[0], *output.logits.shape[1:])
+
+
+def pass_outputs(
+    network: UNet3D,
+    image: Tensor,
+    *,
+    passes: int,
+    at_once: int,
+    noise_sigma: float,
+    noise_clip: float | None = None,
+    generators: Generators | None = None,
+) -> Iterator[NetworkOutput]:
+    """The passes of `stochastic_logits`, `at_once` of them a time as one batch [m * B, ...], pass by pass: memory for
+    a few passes instead of all."""
     batch = image.shape[0]
-    with dropout_active(network), keyed(network, generators):
-        if network.dropout == "decoder":
-            first = None if generators is None else generators[:batch]
-            features = network.encode(add_noise(image, noise_sigma, noise_clip, first))
-            output = network.decode([f.repeat(passes, 1, 1, 1, 1) for f in features])
-        else:
-            repeated = image.repeat(passes, 1, 1, 1, 1)
-            output = network(add_noise(repeated, noise_sigma, noise_clip, generators))
-    return output.logits.view(passes, batch, *output.logits.shape[1:])
+    features: list[Tensor] | None = None
+    for first in range(0, passes, at_once):
+        count = min(at_once, passes - first)
+        drawn = None if generators is None else generators[first * batch : (first + count) * batch]
+        with dropout_active(network), keyed(network, drawn):
+            if network.dropout == "decoder":
+                if features is None:
+                    noisy = add_noise(image, noise_sigma, noise_clip, None if drawn is None else drawn[:batch])
+                    features = network.encode(noisy)
+                output = network.decode([f.repeat(count, 1, 1, 1, 1) for f in features])
+            else:
+                output = network(add_noise(image.repeat(count, 1, 1, 1, 1), noise_sigma, noise_clip, drawn))
+        yield output
 
 
 def add_noise(image: Tensor, sigma: float, clip: float | None = None, generators: Generators | None = None) -> Tensor:
