@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ from distseg.inference.scan_facts import FactsOfPlanes, ScanFacts
 from distseg.inference.sliding_window import Normaliser, ahead, read_rows, run_grid
 from distseg.inference.teacher_passes import PassSettings, TeacherPasses
 from distseg.inference.windows import WindowGrid
+from distseg.matching.bank import Matcher
 from distseg.networks.unet import UNet3D
 
 QUERIES_A_CALL = 16_384
@@ -52,17 +53,10 @@ class Code(IntEnum):
     REJECTED = 2  # doubtful and not matched, takes the argmax: the matcher rejected it, or there is none
 
 
-class Matcher(Protocol):
-    """References to match against; None in place of one: the run's method has none."""
-
-    def similarity(self, queries: Tensor) -> Tensor:
-        """[N, E] -> [N, K], cosine-like, higher is more similar, classes in the model's order."""
-
-
 @dataclass(frozen=True)
 class LabelRule:
     """`threshold_nats`: entropy from which a voxel is doubtful. `quantile`: instead of it, that quantile of the scan's
-    own entropies. `min_similarity`: a match below it is rejected; None takes every match."""
+    own entropies. `min_similarity`: a voxel less similar than this to every class is not matched; None: all are."""
 
     passes: PassSettings
     threshold_nats: float
@@ -257,10 +251,13 @@ class _Labeller:
 def _best(
     matcher: Matcher, queries: Tensor, voxels: Tensor, min_similarity: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    similarity = matcher.similarity(queries).float()  # [N, K]
-    (best, second), (label, _) = (top.unbind(1) for top in similarity.topk(2, dim=1))
-    accepted = torch.ones_like(label, dtype=torch.bool) if min_similarity is None else best >= min_similarity
-    return voxels[accepted], label[accepted], (best - second).clamp(0, 1)[accepted]
+    label, similarity = (found.to(queries.device) for found in matcher.match(queries.cpu()))  # [N], [N, K]
+    own = similarity.gather(1, label[:, None])[:, 0]
+    others = similarity.scatter(1, label[:, None], -torch.inf).amax(1)
+    accepted = torch.ones_like(label, dtype=torch.bool)
+    if min_similarity is not None:
+        accepted = similarity.amax(1) >= min_similarity
+    return voxels[accepted], label[accepted], (own - others).clamp(0, 1)[accepted]
 
 
 def _chunks(queries: Tensor, voxels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

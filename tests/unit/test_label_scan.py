@@ -43,9 +43,10 @@ class Prototypes:
         vectors = torch.randn(CLASSES, width, generator=torch.Generator().manual_seed(seed))
         self.vectors, self.asked = torch.nn.functional.normalize(vectors, dim=1), 0
 
-    def similarity(self, queries: torch.Tensor) -> torch.Tensor:
+    def match(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.asked += len(queries)
-        return torch.nn.functional.normalize(queries, dim=1) @ self.vectors.T
+        similarity = torch.nn.functional.normalize(queries, dim=1) @ self.vectors.T
+        return similarity.argmax(1), similarity
 
 
 def run(image: np.ndarray, net: UNet3D, rule: LabelRule = RULE, matcher=None, **more):
@@ -104,7 +105,7 @@ def whole_volume(image: np.ndarray, net: UNet3D, overlap: float, matcher: Protot
                      for corner in corners]  # fmt: skip
         corner = corners[int(np.argmin(distances))]  # the first of equally near ones
         local = tuple(v - c for v, c in zip(voxel, corner, strict=True))
-        similarity = matcher.similarity(embeddings[corner][(slice(None), *local)][None])[0]
+        similarity = matcher.match(embeddings[corner][(slice(None), *local)][None])[0]
         best, second = similarity.topk(2).values
         if rule.min_similarity is None or best >= rule.min_similarity:
             label[voxel], code[voxel] = int(similarity.argmax()), 1
