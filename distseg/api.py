@@ -21,6 +21,8 @@ from distseg.config.schema import (
     EvaluateConfig,
     IngestConfig,
     IngestDataConfig,
+    LabelConfig,
+    LabelSectionConfig,
     PredictConfig,
     ResourcesConfig,
     TrainRunConfig,
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from distseg.work.cohort_actions import CohortReport
     from distseg.work.executor import Executor
     from distseg.work.ingest import IngestReport
+    from distseg.work.label_cohort import LabelReport
+    from distseg.work.label_estimate import LabelEstimate
     from distseg.work.predict import PredictReport
 
 Launcher = Literal["ray", "local"]
@@ -214,6 +218,59 @@ def predict_from_config(config: PredictConfig) -> PredictReport:
     return report
 
 
+def label(
+    *,
+    run: str | os.PathLike[str],
+    cohort: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    only: Literal["all", "unlabelled"] | None = None,
+    threshold: float | None = None,
+    quantile: float | None = None,
+    min_similarity: float | None = None,
+    passes: int | None = None,
+    overlap: float | None = None,
+    seed: int | None = None,
+    attempts: int | None = None,
+    review_scans: int | None = None,
+    next_scans: int | None = None,
+    dry_run: bool | None = None,
+    launcher: Launcher | None = None,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> LabelReport | LabelEstimate:
+    """Pseudo-label every scan of a cohort, or of a folder of images, once: masks, trust maps, and which to distrust.
+
+    The same call again goes on where it stands. `threshold` is in nats of entropy; None is the run's. `dry_run` writes
+    nothing and returns what it would take. Raises FinishedWithFailures with the scans that were set aside.
+    """
+    arguments = locals()
+    section = _config(LabelSectionConfig, {k: v for k, v in arguments.items() if k not in ("workers", "progress")})
+    return label_from_config(_config(LabelConfig, arguments, label=section))
+
+
+def label_from_config(config: LabelConfig) -> LabelReport | LabelEstimate:
+    config = _absolute(config, "run", "cohort", "output")
+    if config.dry_run:
+        from distseg.work.label_estimate import estimate_label
+
+        return estimate_label(config)
+    from distseg.work.label_cohort import label_cohort
+
+    with _pool(config.launcher, config.resources) as executor:
+        report = label_cohort(
+            run=config.run,
+            cohort=config.cohort,
+            output=config.output,
+            settings=config.label,
+            executor=executor,
+            progress=config.logging.progress,
+        )
+    if report.set_aside:
+        done = f"{report.output}: {report.labelled} scans labelled, {report.done_before} done before"
+        raise FinishedWithFailures(done, report.set_aside)
+    return report
+
+
 def demo(
     *,
     run: str | os.PathLike[str] | None = None,
@@ -322,6 +379,25 @@ def _executor(launcher: str, resources: ResourcesConfig) -> Iterator[Executor]:
         from distseg.distributed.executor import RayExecutor
 
         executor = RayExecutor(resources.workers, gpus_per_task=resources.gpus_per_worker)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+@contextmanager
+def _pool(launcher: str, resources: ResourcesConfig) -> Iterator[Executor]:
+    """Like `_executor`, for items that share something costly: each worker lives on, and reads and packs beside the
+    network."""
+    executor: Executor
+    if launcher == "local":
+        from distseg.work.executor import LocalExecutor
+
+        executor = LocalExecutor(resources.workers, at_once=2)
+    else:
+        from distseg.distributed.actor_pool import ActorPool
+
+        executor = ActorPool(resources.workers, gpus_per_actor=resources.gpus_per_worker, at_once=2)
     try:
         yield executor
     finally:

@@ -448,19 +448,87 @@ class EvaluateConfig:
 
 
 @dataclass
+class LabelRuleConfig:
+    """How a scan is pseudo-labelled: the teacher where it is sure, matching elsewhere."""
+
+    threshold: float | None = None  # nats of entropy from which a voxel is doubtful; None: the run's at T = 0
+    quantile: float | None = None  # in place of it: this quantile of the scan's own entropies
+    min_similarity: float | None = None  # a voxel less similar than this to every class is not matched; None: all are
+    passes: int | None = None  # of the teacher; None: the run's
+    overlap: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            between("label.threshold", self.threshold, 0.0, 100.0)
+        if self.quantile is not None:
+            between("label.quantile", self.quantile, 0.0, 1.0)
+            require(
+                self.threshold is None,
+                "label.threshold",
+                self.threshold,
+                "null with label.quantile: one rule says which voxels are doubtful",
+                "give one of the two",
+            )
+        if self.min_similarity is not None:
+            between("label.min_similarity", self.min_similarity, -1.0, 1.0)
+        if self.passes is not None:
+            between("label.passes", self.passes, 1, 64)
+        between("label.overlap", self.overlap, 0.0, 0.9)
+        at_least("label.seed", self.seed, 0)
+
+
+@dataclass
+class LabelSectionConfig(LabelRuleConfig):
+    """Which scans, how often a failing one is tried, and how many are shown."""
+
+    only: str = "all"  # unlabelled: leave annotated scans out
+    attempts: int = 2
+    review_scans: int = 12  # shown in review.html, the ones to distrust first
+    next_scans: int = 10  # in next_to_label.csv
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("label.only", self.only, ("all", "unlabelled"))
+        for name in ("attempts", "next_scans"):
+            at_least(f"label.{name}", getattr(self, name), 1)
+        at_least("label.review_scans", self.review_scans, 0)
+
+
+@dataclass
+class LabelConfig:
+    """`distseg label`."""
+
+    run: str = MISSING
+    cohort: str = MISSING  # a cohort store, or a folder of images that is read directly
+    output: str = MISSING
+    dry_run: bool = False  # say what it would take, from a measured sample, and write nothing
+    launcher: str = "ray"
+    label: LabelSectionConfig = field(default_factory=LabelSectionConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        one_of("launcher", self.launcher, LAUNCHERS)
+
+
+@dataclass
 class PredictConfig:
     """`distseg predict`."""
 
     run: str = MISSING
     input: str = MISSING
     output: str = MISSING
-    network: str = "student"
-    overlap: float = 0.5
+    by: str = "network"  # network: its argmax, as evaluate; label: the teacher's passes and matching, as distseg label
+    network: str = "student"  # by=network
+    overlap: float = 0.5  # by=network
+    label: LabelRuleConfig = field(default_factory=LabelRuleConfig)  # by=label
     launcher: str = "local"
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        one_of("by", self.by, ("network", "label"))
         one_of("network", self.network, ("student", "teacher"))
         between("overlap", self.overlap, 0.0, 0.9)
         one_of("launcher", self.launcher, LAUNCHERS)

@@ -33,6 +33,8 @@ class Purpose(IntEnum):
     HEAD_WEIGHTS = 20
     HEADS = 21
     LABELLED_PATCHES = 22
+    LABEL = 23  # the teacher's passes over a whole scan
+    NEXT_TO_LABEL = 24
 
 
 def _sequence(seed: int, purpose: Purpose, counters: tuple[int, ...]) -> np.random.SeedSequence:

@@ -78,16 +78,30 @@ def write_nifti(path: str | Path, array: npt.NDArray[Any], native: NativeGrid) -
         # ITK prefers the qform where both exist, and a quaternion cannot hold shear: only write one that is exact.
         image.set_qform(native.affine, code=1)
     image.header.set_xyzt_units("mm")
-    content = image.to_bytes()
-    if path.name.lower().endswith(".gz"):
-        content = gzip.compress(content, compresslevel=6, mtime=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            if path.name.lower().endswith(".gz"):
+                # No time stamp and no name: equal arrays are equal bytes.
+                with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as packed:
+                    _stream(image.header, array, packed)
+            else:
+                _stream(image.header, array, file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _stream(header: Any, array: npt.NDArray[Any], file: Any) -> None:
+    """What nibabel writes of an unscaled array, slice by slice: it would make a copy of the volume on the way."""
+    header.set_slope_inter(1, 0)
+    header.set_data_offset(header.single_vox_offset)
+    file.write(header.binaryblock)
+    file.write(bytes(header.single_vox_offset - header.sizeof_hdr))  # no extension follows
+    dtype = header.get_data_dtype()
+    for last in range(array.shape[-1]):
+        file.write(array[..., last].astype(dtype, copy=False).tobytes(order="F"))
 
 
 def file_sha256(path: str | Path) -> str:

@@ -232,6 +232,10 @@ def _write_model(session: Session) -> None:
         threshold_nats=threshold_nats(0, config.train.steps, plan.num_classes),
         step=step,
         checkpoint=config.train.select,
+        passes=config.method.passes,
+        teacher_noise_sigma=config.method.teacher_noise_sigma,
+        teacher_noise_clip=config.method.teacher_noise_clip,
+        uncertainty=config.method.uncertainty,
     )
     references = None
     if session.references is not None:
