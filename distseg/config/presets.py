@@ -39,9 +39,10 @@ METHODS: dict[str, Values] = {
     "embedding_matching": {"method": {"name": "embedding_matching"}},
 }
 
-# By the bank, L_EN is taken over the voxels that are matched: over all of them its search would be the step's time.
+# Prototypes cost one product for all voxels, so L_EN is over all of them, as Eq 4 is written; in a bank each voxel is a
+# search, and L_EN is over those that are matched.
 MATCHINGS: dict[str, Values] = {
-    "prototypes": {"matching": {"kind": "prototypes"}},
+    "prototypes": {"matching": {"kind": "prototypes"}, "method": {"entropy_over": "all"}},
     "index": {"matching": {"kind": "index"}, "method": {"entropy_over": "unreliable"}},
 }
 

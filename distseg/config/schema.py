@@ -152,7 +152,7 @@ class MethodConfig:
     threshold: str = "paper"
     threshold_value: float = 0.75
     temperature: float = 1.0  # of Eq 4; 1 is the paper's
-    entropy_over: str = "all"  # voxels that L_EN is taken over: all (Eq 4 as written) or the unreliable
+    entropy_over: str = "unreliable"  # voxels that L_EN is taken over: those that are matched, or all (Eq 4 as written)
     mask_gradient: bool = True  # MTC: gradients reach the segmentation through the masks of the reconstruction's target
     sdf_sharpness: float = 1500.0  # DTC: k of sigmoid(-k z), which turns distances back into a mask
     sdf_truncation_mm: float | None = None  # DTC: None divides by the patch's largest distance (the paper)
@@ -179,10 +179,10 @@ class MatchingConfig:
     """How unreliable voxels find their references.
 
     `prototypes`: all references of the slot's own labelled patch at once (the paper). `index`: the `k` nearest of each
-    class in a bank over all labelled scans, searched by FAISS or torch.
+    class in a bank over all labelled scans, searched by FAISS or torch; the default, by tests/bench/RESULTS.md.
     """
 
-    kind: str = "prototypes"
+    kind: str = "index"
     similarity: str = "cosine"  # euclid: 1 / (1 + distance)
     reduction: str = "mean"  # how a class's references speak as one: mean, max, or softmax-weighted mean
     temperature: float = 0.1  # of the softmax-weighted mean

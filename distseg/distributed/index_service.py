@@ -162,6 +162,7 @@ class RayReferences:
         self._pending: dict[int, tuple[int, Share]] = {}
         self._offered_to: dict[int, str] = {}
         self._calls: dict[int, Any] = {}
+        self._node_index: Any = None
 
     def has(self, version: int) -> bool:
         return self._folder.has(version)
@@ -210,6 +211,12 @@ class RayReferences:
             time.sleep(_POLL_S)
 
     def _on_this_node(self) -> Any:
+        """The node's actor, made by the first who asks. Its handle is held: the actor ends with its maker's last one."""
+        if self._node_index is None:
+            self._node_index = self._make_node_index()
+        return self._node_index
+
+    def _make_node_index(self) -> Any:
         node = ray.get_runtime_context().get_node_id()
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
         actor: Any = ray.remote(NodeIndex)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from distseg.config.compose import train_config
-from distseg.config.schema import MethodConfig
+from distseg.config.schema import MatchingConfig, MethodConfig
 from distseg.data.batch import Batch, collate
 from distseg.data.keys import Purpose, torch_generators
 from distseg.data.signed_distance import signed_distances
 from distseg.errors import ConfigError
 from distseg.losses.supervised import supervised_loss
 from distseg.matching.surface import draw_references, surface_bands
-from distseg.methods import KINDS, make_method
+from distseg.methods import KINDS, make_method, passes_per_step
 from distseg.methods.base import At, Method, Passes, StudentPass, Targets
 from distseg.methods.embedding_matching import EmbeddingMatching
 from distseg.methods.uamt import UncertaintyAwareMeanTeacher
@@ -51,7 +51,8 @@ def _one_thread() -> Iterator[None]:
 
 def make(name: str, *, num_classes: int = 2, **overrides: Any) -> Method:
     keys = {"method.passes": 2, **{key.replace("__", "."): value for key, value in overrides.items()}}
-    return make_method(train_config(cohort="c", run="r", method=name, overrides=keys), num_classes=num_classes)
+    config = train_config(cohort="c", run="r", method=name, matching="prototypes", overrides=keys)
+    return make_method(config, num_classes=num_classes)
 
 
 def one_slot(step: int, slot: int, *, num_classes: int = 2, label: int | None = None) -> Batch:
@@ -302,21 +303,21 @@ def test_weights_and_their_ramps() -> None:
 
 
 def test_passes_a_step() -> None:
-    overrides = {"uamt": {"method.passes": 8}}
-    passes = {
-        name: make_method(train_config(cohort="c", run="r", method=name, overrides=overrides.get(name)), num_classes=2)
-        .passes
-        for name in KINDS
-    }  # fmt: skip
-    assert passes == {
-        "supervised": (1, 1, 0),
-        "mean_teacher": (3, 2, 0),
-        "uamt": (11, 2, 0),
-        "cct": (2, 2, 3),
-        "mtc": (2, 2, 2),
-        "dtc": (2, 2, 0),
-        "embedding_matching": (8, 2, 0),  # two of the student, five and the reference pass of the teacher
-    }
+    def passes(name: str, **overrides: Any) -> tuple[float, ...]:
+        keys = {key.replace("__", "."): value for key, value in overrides.items()}
+        return tuple(passes_per_step(train_config(cohort="c", run="r", method=name, overrides=keys)))
+
+    assert passes("supervised") == (1, 1, 0)
+    assert passes("mean_teacher") == (3, 2, 0)
+    assert passes("uamt", method__passes=8) == (11, 2, 0)
+    assert passes("cct") == (2, 2, 3)
+    assert passes("mtc") == (2, 2, 2)
+    assert passes("dtc") == (2, 2, 0)
+    # Two of the student, five of the teacher, and one for the slot's references.
+    assert passes("embedding_matching", matching__kind="prototypes") == (8, 2, 0)
+    # Or 30 patches of a bank every 50 steps of 2 slots.
+    assert passes("embedding_matching", references__patches=30, references__every_steps=50) == (7.3, 2, 0)
+    assert str(Passes(7.32, 2)) == "7.32 forward, 2 backward"
     assert str(Passes(2, 2, 3)) == "2 forward, 2 backward, 3 decoders"
 
 
@@ -338,7 +339,12 @@ def test_eq_5_by_hand() -> None:
         "matched_accuracy/part": 0.0,
         "matched_accuracy/whole": 0.0,
     }
-    row = record(logged, method=EmbeddingMatching(MethodConfig(), num_classes=2), at=At(50, 100), batch_size=2)
+    row = record(
+        logged,
+        method=EmbeddingMatching(MethodConfig(), num_classes=2, matching=MatchingConfig(), draws=1),
+        at=At(50, 100),
+        batch_size=2,
+    )
     assert row["loss"] == pytest.approx(0.4788077, abs=1e-6)
     assert row["step"] == 50
     assert row["weight_supervised"] == 1.0
@@ -408,7 +414,7 @@ def test_where_gradients_go() -> None:
     targets = Targets(
         label=torch.zeros(1, *CUBE, dtype=torch.long),
         reliable=torch.zeros(1, *CUBE, dtype=torch.bool),
-        prototypes=torch.randn(1, 2, 3, generator=random, dtype=F64),
+        references=torch.randn(1, 2, 3, generator=random, dtype=F64),
         present=torch.ones(1, 2, dtype=torch.bool),
     )
     losses = method.terms(NetworkOutput(logits, embeddings), targets).losses
@@ -444,7 +450,7 @@ def test_the_reference_pass_is_deterministic() -> None:
         method.teach(learner.teacher, batch, At(1, 3), torch_generators(seed, Purpose.TEACHER, 1, (0, 1), 2))
         for seed in (1, 2)
     ]
-    assert torch.equal(targets[0].prototypes, targets[1].prototypes)
+    assert torch.equal(targets[0].references, targets[1].references)
     assert not torch.equal(targets[0].label, targets[1].label)
     with torch.no_grad():
         embeddings = learner.teacher.eval()(batch.reference_image).embeddings.flatten(2)
@@ -452,7 +458,7 @@ def test_the_reference_pass_is_deterministic() -> None:
         for value in range(2):
             index = batch.reference_index[slot, value]
             units = torch.nn.functional.normalize(embeddings[slot][:, index], dim=0)
-            torch.testing.assert_close(targets[0].prototypes[slot, value], units.mean(1), rtol=0, atol=1e-12)
+            torch.testing.assert_close(targets[0].references[slot, value], units.mean(1), rtol=0, atol=1e-12)
 
 
 def test_shares_of_a_step() -> None:

@@ -68,7 +68,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def config(
-    cohort: str, run: Path, *, method: str = "embedding_matching", matching: str | None = None, **overrides: Any
+    cohort: str, run: Path, *, method: str = "embedding_matching", matching: str = "prototypes", **overrides: Any
 ) -> TrainRunConfig:
     """Double underscores in `overrides` are dots."""
     keys = {**TINY, **{key.replace("__", "."): value for key, value in overrides.items()}}
@@ -196,16 +196,16 @@ def assert_same_run(run: Path, undisturbed: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "matching"),
     [
-        ("supervised", None),
-        ("embedding_matching", None),
+        ("supervised", "prototypes"),
+        ("embedding_matching", "prototypes"),
         ("embedding_matching", "index"),
-        ("cct", None),
-        ("mtc", None),
-        ("dtc", None),
+        ("cct", "prototypes"),
+        ("mtc", "prototypes"),
+        ("dtc", "prototypes"),
     ],
 )
 def test_one_worker_is_two_in_float64(
-    cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, matching: str | None
+    cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, matching: str
 ) -> None:
     more = {"train__precision": "float64", "train__batch_size": 3, "train__diagnostics": True, "matching": matching}
     alone = config(cohort_path, tmp_path / "1", method=method, **more)
