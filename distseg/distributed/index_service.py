@@ -211,7 +211,7 @@ class RayReferences:
             time.sleep(_POLL_S)
 
     def _on_this_node(self) -> Any:
-        """The node's actor, made by the first who asks. Its handle is held: the actor ends with its maker's last one."""
+        """The node's actor, made by the first who asks; held, for it ends with the last handle of its maker."""
         if self._node_index is None:
             self._node_index = self._make_node_index()
         return self._node_index

@@ -22,6 +22,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -269,8 +270,12 @@ def _faiss() -> Any:
     return faiss
 
 
+@cache
 def _faiss_gpus() -> int | None:
-    """GPUs that FAISS sees; None where it is not installed. Raises ConfigError for a broken installation."""
+    """GPUs that FAISS sees; None where it is not installed. Looked up once a process, for it takes 60 ms.
+
+    Raises ConfigError for a broken installation.
+    """
     check_faiss_packages()
     if importlib.util.find_spec("faiss") is None:
         return None
