@@ -8,7 +8,7 @@ from distseg.config.schema import TrainRunConfig
 from distseg.errors import ConfigError
 from distseg.matching.bank import Bank
 from distseg.methods.bank_matching import BankMatching
-from distseg.methods.base import Method
+from distseg.methods.base import Method, Passes
 from distseg.methods.cct import CrossConsistency
 from distseg.methods.dtc import DualTaskConsistency
 from distseg.methods.embedding_matching import EmbeddingMatching
@@ -58,3 +58,12 @@ def make_method(config: TrainRunConfig, *, num_classes: int, bank_of: Callable[[
             config.method, num_classes=num_classes, matching=config.matching, draws=config.references.draws
         )
     return kind(config.method, num_classes=num_classes)
+
+
+def passes_per_step(config: TrainRunConfig) -> Passes:
+    """What a run costs a slot and step; a bank's embedding passes are spread over the steps it serves."""
+    passes = make_method(config, num_classes=2).passes
+    if not uses_bank(config):
+        return passes
+    made = config.references.patches * (1 + config.references.doubt_passes)
+    return passes._replace(forward=passes.forward + made / (config.references.every_steps * config.train.batch_size))

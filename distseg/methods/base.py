@@ -43,16 +43,16 @@ class Passes(NamedTuple):
     """What a method costs a slot and step, in passes over one patch: equal steps are not equal compute.
 
     `forward` and `backward` are of the whole network, `decoders` of auxiliary decoders, each forward and backward. A
-    stochastic pass counts whole, though with network.dropout=decoder they share one encoder pass.
+    stochastic pass counts whole, though with network.dropout other than "all" they share a part.
     """
 
-    forward: int
+    forward: float
     backward: int
     decoders: int = 0
 
     def __str__(self) -> str:
         decoders = f", {self.decoders} decoders" if self.decoders else ""
-        return f"{self.forward} forward, {self.backward} backward{decoders}"
+        return f"{self.forward:.3g} forward, {self.backward} backward{decoders}"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Method(ABC):
 
     @property
     def passes(self) -> Passes:
-        """Its cost a slot and step."""
+        """Its cost a slot and step, without the making of a bank (see `passes_per_step`)."""
         patches = 2 if self.uses_unlabelled else 1
         forward = patches + self.teacher_passes + (1 if self.needs_references else 0)
         return Passes(forward, backward=patches, decoders=self.head_passes)

@@ -18,8 +18,7 @@ from distseg.evaluation.benchmark_page import BenchmarkPage, markdown_head, rend
 from distseg.evaluation.benchmark_tables import METRICS, RunScores, comparisons_csv, make_readings, summary_csv, to_csv
 from distseg.evaluation.figures import comparison_figure, png_bytes
 from distseg.evaluation.page import Picture
-from distseg.methods import make_method
-from distseg.methods.base import Passes
+from distseg.methods import passes_per_step
 from distseg.training.run import RunDirectory, write_atomic
 from distseg.work.benchmark_cells import Cell
 from distseg.work.benchmark_checks import Benchmark
@@ -97,7 +96,7 @@ def _facts(cell: Cell, error: str | None) -> dict[str, Any]:
         "seed": cell.seed,
         "state": state,
         "steps": len(rows),
-        **{f"{kind}_passes": count for kind, count in _passes(cell)._asdict().items()},
+        **{f"{kind}_passes": count for kind, count in passes_per_step(cell.config)._asdict().items()},
         "seconds_a_step": statistics.median(times) if times else None,
         "train_s": wall.get("train"),
         "evaluate_s": wall.get("evaluate"),
@@ -105,14 +104,10 @@ def _facts(cell: Cell, error: str | None) -> dict[str, Any]:
     }
 
 
-def _passes(cell: Cell) -> Passes:
-    return make_method(cell.config, num_classes=2).passes
-
-
 def _cost_grid(benchmark: Benchmark, facts: Sequence[Mapping[str, Any]], side_by_side: int) -> Grid:
     """A line a row and label count: means over its finished seeds."""
     lines = []
-    passes = {(c.row, c.labelled): str(_passes(c)) for c in (*benchmark.phase_a, *benchmark.phase_b)}
+    passes = {(c.row, c.labelled): str(passes_per_step(c.config)) for c in (*benchmark.phase_a, *benchmark.phase_b)}
     for cell in passes:
         mine = [f for f in facts if (f["row"], f["labelled"]) == cell and f["state"] == "finished"]
         means = [_mean([f[key] for f in mine]) for key in ("steps", "seconds_a_step", "train_s", "evaluate_s")]

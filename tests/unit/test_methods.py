@@ -20,7 +20,7 @@ from distseg.data.signed_distance import signed_distances
 from distseg.errors import ConfigError
 from distseg.losses.supervised import supervised_loss
 from distseg.matching.surface import draw_references, surface_bands
-from distseg.methods import KINDS, make_method
+from distseg.methods import KINDS, make_method, passes_per_step
 from distseg.methods.base import At, Method, Passes, StudentPass, Targets
 from distseg.methods.embedding_matching import EmbeddingMatching
 from distseg.methods.uamt import UncertaintyAwareMeanTeacher
@@ -303,21 +303,21 @@ def test_weights_and_their_ramps() -> None:
 
 
 def test_passes_a_step() -> None:
-    overrides = {"uamt": {"method.passes": 8}}
-    passes = {
-        name: make_method(train_config(cohort="c", run="r", method=name, overrides=overrides.get(name)), num_classes=2)
-        .passes
-        for name in KINDS
-    }  # fmt: skip
-    assert passes == {
-        "supervised": (1, 1, 0),
-        "mean_teacher": (3, 2, 0),
-        "uamt": (11, 2, 0),
-        "cct": (2, 2, 3),
-        "mtc": (2, 2, 2),
-        "dtc": (2, 2, 0),
-        "embedding_matching": (8, 2, 0),  # two of the student, five and the reference pass of the teacher
-    }
+    def passes(name: str, **overrides: Any) -> tuple[float, ...]:
+        keys = {key.replace("__", "."): value for key, value in overrides.items()}
+        return tuple(passes_per_step(train_config(cohort="c", run="r", method=name, overrides=keys)))
+
+    assert passes("supervised") == (1, 1, 0)
+    assert passes("mean_teacher") == (3, 2, 0)
+    assert passes("uamt", method__passes=8) == (11, 2, 0)
+    assert passes("cct") == (2, 2, 3)
+    assert passes("mtc") == (2, 2, 2)
+    assert passes("dtc") == (2, 2, 0)
+    # Two of the student, five of the teacher, and one for the slot's references.
+    assert passes("embedding_matching", matching__kind="prototypes") == (8, 2, 0)
+    # Or 30 patches of a bank every 50 steps of 2 slots.
+    assert passes("embedding_matching", references__patches=30, references__every_steps=50) == (7.3, 2, 0)
+    assert str(Passes(7.32, 2)) == "7.32 forward, 2 backward"
     assert str(Passes(2, 2, 3)) == "2 forward, 2 backward, 3 decoders"
 
 
