@@ -9,7 +9,7 @@ dropout by element after every convolution but the output's (Xie et al. 2024, se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from monai.networks.blocks.acti_norm import ADN
@@ -105,8 +105,8 @@ class UNet3D(nn.Module):
         y = features[-1]
         for up, level, skip in zip(self.up, self.decoder, skips, strict=True):
             y = torch.cat([skip, up(y)], dim=1)
-            y = level(y) if level is not self.decoder[-1] else level[0].conv(y)
-        return [_normed(self.decoder[-1][0], y)]
+            y = level(y) if level is not self.decoder[-1] else _blocks(level)[0].conv(y)
+        return [_normed(_blocks(self.decoder[-1])[0], y)]
 
     def after_dropout(self, shared: list[Tensor]) -> NetworkOutput:
         """One pass from the maps of `before_dropout`, repeated along the batch for several."""
@@ -114,10 +114,10 @@ class UNet3D(nn.Module):
             y, *skips = shared
             for up, level, skip in zip(self.up, self.decoder, skips, strict=True):
                 below = up(y)
-                y = level[0].adn(_part_of(level, below, level[0].conv.in_channels - below.shape[1]).add_(skip))
-                y = level[1](y)
+                first, second = _blocks(level)
+                y = second(first.adn(_part_of(level, below, first.conv.in_channels - below.shape[1]).add_(skip)))
         else:
-            first, second = self.decoder[-1]
+            first, second = _blocks(self.decoder[-1])
             y = second(first.adn.D(shared[0]))
         return NetworkOutput(self.head(y), y)
 
@@ -178,13 +178,19 @@ def remove_dropout(*parts: nn.Module) -> None:
 
 def _part_of(level: nn.Module, x: Tensor, start: int) -> Tensor:
     """What the first convolution of `level` makes of the channels `x`, of which `start` is the first."""
-    conv = level[0].conv  # type: ignore[index]  # a level is a Sequential of blocks
+    conv = _blocks(level)[0].conv
     return functional.conv3d(x, conv.weight[:, start : start + x.shape[1]], padding=conv.padding)
 
 
-def _normed(block: nn.Module, x: Tensor) -> Tensor:
+def _blocks(level: nn.Module) -> tuple[Any, Any]:
+    """A level's two blocks, MONAI's Convolutions: `conv`, then `adn`. MONAI has no types."""
+    first, second = cast(nn.Sequential, level)
+    return first, second
+
+
+def _normed(block: Any, x: Tensor) -> Tensor:
     """What follows the convolution of `block`, without its dropout, which comes last."""
-    for name, layer in block.adn.named_children():  # type: ignore[union-attr, operator]  # MONAI's ADN
+    for name, layer in block.adn.named_children():
         x = layer(x) if name != "D" else x
     return x
 
