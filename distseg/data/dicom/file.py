@@ -1,12 +1,13 @@
 """One DICOM file through pydicom: only the elements asked for, every fault one line.
 
 A tag's text is never passed on: elements that are not asked for are not parsed, and pydicom's warnings, which quote
-values, are kept off the terminal.
+values, are kept off terminal and logs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import struct
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -20,7 +21,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.utils import iter_pixels
+from pydicom.pixels.utils import iter_pixels, pixel_array
 from pydicom.uid import (
     JPEG2000,
     UID,
@@ -48,8 +49,11 @@ BY_PILLOW = (JPEG2000, JPEG2000Lossless, JPEGBaseline8Bit)
 @contextlib.contextmanager
 def parsing(path: Path) -> Iterator[None]:
     """Around a look at elements of `path`: pydicom converts values when they are asked for."""
+    log = logging.getLogger("pydicom")
+    was_disabled = log.disabled
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        log.disabled = True
         try:
             yield
         except DistsegError:
@@ -57,6 +61,8 @@ def parsing(path: Path) -> Iterator[None]:
         except DAMAGE as error:
             why = f"{type(error).__name__}: {error}".replace(str(path), path.name)[:160]
             raise DataError("not readable as DICOM", where=path.name, value=why, fix="copy it again") from error
+        finally:
+            log.disabled = was_disabled
 
 
 def looks_like_dicom(path: Path) -> bool:
@@ -102,13 +108,21 @@ def transfer_syntax(dataset: Dataset) -> UID:
     return ExplicitVRLittleEndian if little else ExplicitVRBigEndian
 
 
-def decoded_frames(path: Path, syntax: UID) -> Generator[npt.NDArray[Any], None, None]:
-    """Stored values of the file's frames [rows, columns], in its order, one at a time."""
+def decoded_frames(path: Path, syntax: UID, *, count: int) -> Generator[npt.NDArray[Any], None, None]:
+    """Stored values of the file's `count` frames [rows, columns], in its order, one at a time."""
     _check_decoder(path, syntax)
-    plugin = "pillow" if syntax in BY_PILLOW else ""
-    frames: Iterator[npt.NDArray[Any]] = iter_pixels(
-        path, raw=True, decoding_plugin=plugin, transfer_syntax_uid=syntax, allow_excess_frames=False
-    )
+    options: dict[str, Any] = {
+        "raw": True,
+        "decoding_plugin": "pillow" if syntax in BY_PILLOW else "",
+        "transfer_syntax_uid": syntax,
+        "allow_excess_frames": False,
+    }
+    if count == 1:  # iter_pixels of pydicom 3.0 cannot correct the sign of a JPEG 2000 frame, pixel_array can
+        with parsing(path):
+            frame = pixel_array(path, **options)
+        yield np.asarray(frame)
+        return
+    frames = iter_pixels(path, **options)
     while True:
         with parsing(path):
             try:

@@ -86,8 +86,8 @@ def _check_gaps(name: str, ordered: Sequence[Plane], along_mm: npt.NDArray[np.fl
         where = f"{ordered[at].path.name} and {ordered[at + 1].path.name}"
         rule = "one image a place: no second echo, time or patient under one SeriesInstanceUID"
         raise DataError("two slices at one place", where=where, rule=rule, fix="split the series")
-    usual = float(np.median(gaps))
-    multiples = np.maximum(np.rint(gaps / usual), 1)
+    usual = float(gaps.min())
+    multiples = np.rint(gaps / usual)
     off = np.abs(gaps - multiples * usual)
     if off.max() <= EVEN_TOLERANCE * usual and multiples.max() > 1:
         at = int(multiples.argmax())

@@ -49,7 +49,7 @@ class DicomSegmentation:
         table = np.zeros(2**16, np.uint8)  # label map's voxel value -> class
         for segment, value in value_of.items():
             table[segment] = value
-        frames = decoded_frames(self.path, planes[0].syntax)
+        frames = decoded_frames(self.path, planes[0].syntax, count=len(planes))
         for plane, number in zip(planes, numbers, strict=True):
             stored = next(frames, None)
             if stored is None or stored.shape != (plane.rows, plane.columns):

@@ -69,7 +69,7 @@ def _intensities(ordered: Sequence[Plane]) -> npt.NDArray[Any]:
     places = sorted(enumerate(ordered), key=lambda item: (str(item[1].path), item[1].frame))
     for path, group in groupby(places, key=lambda item: item[1].path):
         of_file = list(group)
-        frames = decoded_frames(path, of_file[0][1].syntax)
+        frames = decoded_frames(path, of_file[0][1].syntax, count=len(of_file))
         for k, plane in of_file:
             stored = next(frames, None)
             if stored is None or stored.shape != (plane.rows, plane.columns):
