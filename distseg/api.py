@@ -50,16 +50,21 @@ def ingest(
     cohort: str | os.PathLike[str],
     spacing_mm: Sequence[float] | None = None,
     split: Sequence[float] | None = None,
+    structures: Sequence[str] | None = None,
     launcher: Launcher | None = None,
     workers: int | None = None,
     progress: bool | None = None,
 ) -> IngestReport:
-    """Read `source` (nnU-Net raw or a folder of NIfTI) into the cohort store `cohort`; scans already there stay.
+    """Read `source` (a folder of NIfTI or of DICOM series, nnU-Net raw, Medical Segmentation Decathlon,
+    TotalSegmentator) into the cohort store `cohort`; scans already there stay.
 
     `spacing_mm` in Z, Y, X resamples; None keeps native spacing. `split` are the shares of train, val and test where
-    the source names none. Raises FinishedWithFailures with the scans that could not be read; the rest is in.
+    the source names none. `structures` are the masks, segments or ROIs that become the classes 1, 2, ... Raises
+    FinishedWithFailures with the scans that could not be read; the rest is in.
     """
-    data = IngestDataConfig(spacing_mm=_list(spacing_mm), split=_list(split))
+    data = IngestDataConfig(
+        spacing_mm=_list(spacing_mm), split=_list(split), structures=None if structures is None else list(structures)
+    )
     return ingest_from_config(_config(IngestConfig, locals(), data=data))
 
 
@@ -73,6 +78,7 @@ def ingest_from_config(config: IngestConfig) -> IngestReport:
             cohort=config.cohort,
             spacing_mm=config.data.spacing_mm,
             split=config.data.split,
+            structures=config.data.structures,
             executor=executor,
             progress=config.logging.progress,
         )
@@ -192,7 +198,7 @@ def predict(
     workers: int | None = None,
     progress: bool | None = None,
 ) -> PredictReport:
-    """Segment one file or a folder of files; each mask lies in its input's own grid.
+    """Segment one file, a folder of NIfTI or the DICOM series below a folder; each mask lies in its input's own grid.
 
     Raises FinishedWithFailures with the files that could not be segmented; the other masks are written.
     """

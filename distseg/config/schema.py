@@ -386,10 +386,21 @@ class TrainRunConfig:
 class IngestDataConfig:
     spacing_mm: list[float] | None = None  # Z Y X; None keeps the native spacing
     split: list[float] | None = None  # train, val, test shares, used where the source brings no splits.json
+    # TotalSegmentator's masks, or DICOM's segments and ROIs, that become classes 1, 2, ...; []: take no labels.
+    structures: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.spacing_mm is not None:
             DataConfig(spacing_mm=self.spacing_mm)
+        if self.structures is not None:
+            names = [name.strip() for name in self.structures]
+            require(
+                len(set(names)) == len(names) <= 255 and not {"", "background"} & set(names),
+                "data.structures",
+                self.structures,
+                "at most 255 names, each once, without background",
+                "set data.structures=[hip_left,hip_right]",
+            )
         if self.split is not None:
             require(
                 len(self.split) == 3 and min(self.split) >= 0 and abs(sum(self.split) - 1) < 1e-6,

@@ -121,7 +121,7 @@ def _memory(
     for scan, (shape, spacing_mm) in zip(scans, grids, strict=True):
         grid = run_grid(shape, spacing_mm, model.spacing_mm, patch_zyx=model.patch_zyx, overlap=overlap)
         planes = 2 * model.patch_zyx[0] * (len(model.class_names) + 2) * 4 * math.prod(grid.padded_yx)
-        image = 0 if scan.in_store else 4 * math.prod(shape)
+        image = 0 if scan.image is None else 4 * math.prod(shape)
         most = max(most, planes + math.prod(shape) + image)
     return most + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from distseg.data.cohort import Cohort, Scan, ScanRecord, read_attrs
 from distseg.data.formats import discover
-from distseg.data.nifti import read_nifti
+from distseg.data.formats.case import ImageSource
 from distseg.data.volume import Geometry, NativeGrid, Shape, Spacing
 from distseg.errors import InputError
 from distseg.inference.whole_scan import ScanIntensity
@@ -16,15 +16,14 @@ from distseg.inference.whole_scan import ScanIntensity
 
 @dataclass(frozen=True, slots=True)
 class ScanSource:
-    """One scan: a path of the store or of an image file. `version` changes when the image does; shape and spacing are
-    the stored grid's, None where only the file's header knows."""
+    """One scan: a path of the store, or an image of a folder. `version` changes when the image does; shape and spacing
+    are the stored grid's, None where only the file's header knows."""
 
     scan_id: str
     path: str
     version: str
     labelled: bool
-    in_store: bool
-    modality: str | None
+    image: ImageSource | None  # None: in the store
     shape: Shape | None
     spacing_mm: Spacing | None
 
@@ -69,11 +68,11 @@ def find_sources(where: str, *, only: str) -> Sources:
 
 def open_scan(source: ScanSource) -> OpenScan:
     """Raises DataError, in one line, for a scan that cannot be used."""
-    if source.in_store:
+    if source.image is None:
         scan = Scan(source.path, source.scan_id)
         intensity = ScanIntensity(scan.minimum, scan.nonzero_mean, scan.nonzero_sd)
         return OpenScan(scan.image, scan.geometry, scan.native, intensity, scan.modality)
-    volume = read_nifti(source.path, modality=source.modality)
+    volume = source.image.read()
     return OpenScan(volume.array, volume.geometry, volume.native, ScanIntensity.of(volume.array), volume.modality)
 
 
@@ -91,8 +90,7 @@ def _stored(path: Path, record: ScanRecord) -> ScanSource:
         str(path / record.scan_id),
         record.sha256[:16],
         record.labelled,
-        in_store=True,
-        modality=record.modality,
+        image=None,
         shape=record.shape,
         spacing_mm=record.spacing_mm,
     )
@@ -102,20 +100,24 @@ def _from_folder(path: Path) -> Sources:
     if not path.is_dir():
         raise InputError("no cohort and no folder of images there", where="cohort", value=path)
     found = discover(path)
-    scans = []
-    for case in found.cases:
-        status = case.image.stat()
-        version = f"{status.st_size}-{status.st_mtime_ns}"
-        scans.append(
-            ScanSource(
-                case.scan_id,
-                str(case.image),
-                version,
-                case.label is not None,
-                in_store=False,
-                modality=found.modality,
-                shape=None,
-                spacing_mm=None,
-            )
+    scans = [
+        ScanSource(
+            case.scan_id,
+            str(case.image.path),
+            _version(case.image),
+            case.label is not None,
+            image=case.image,
+            shape=None,
+            spacing_mm=None,
         )
+        for case in found.cases
+    ]
     return Sources(scans, None, list(found.failures))
+
+
+def _version(image: ImageSource) -> str:
+    """A file's size and time, which cost nothing; a series is many files and is read."""
+    if not image.path.is_file():
+        return image.sha256()[:16]
+    status = image.path.stat()
+    return f"{status.st_size}-{status.st_mtime_ns}"
