@@ -13,6 +13,7 @@ MISSING = "???"
 METHOD_NAMES = ("supervised", "mean_teacher", "uamt", "embedding_matching")
 PRESET_NAMES = ("small", "full", "xie2024")
 LAUNCHERS = ("ray", "local")
+EXPORT_FORMATS = ("monai_bundle", "onnx", "torchscript")
 
 
 @dataclass
@@ -409,6 +410,36 @@ class DemoConfig:
         at_least("validation", self.validation, 1)
         at_least("warmup_steps", self.warmup_steps, 1)
         at_least("steps", self.steps, 1)
+
+
+@dataclass
+class ExportConfig:
+    """`distseg export`. `output`: a folder that is new; onnx and torchscript also take a file's name."""
+
+    run: str = MISSING
+    output: str = MISSING
+    format: str = "monai_bundle"
+    network: str = "student"
+    overlap: float = 0.5  # of the bundle's windows
+
+    def __post_init__(self) -> None:
+        one_of("format", self.format, EXPORT_FORMATS)
+        one_of("network", self.network, ("student", "teacher"))
+        between("overlap", self.overlap, 0.0, 0.9)
+
+
+@dataclass
+class DoctorConfig:
+    """`distseg doctor`. `resources` are those of the job you mean to start: the check is whether they fit."""
+
+    storage: str = "."  # a folder that every node should reach, e.g. the one where cohort and runs lie
+    storage_mib: int = 64  # written and read on each node, then removed
+    launcher: str = "ray"
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    def __post_init__(self) -> None:
+        between("storage_mib", self.storage_mib, 1, 65_536)
+        one_of("launcher", self.launcher, LAUNCHERS)
 
 
 @dataclass
