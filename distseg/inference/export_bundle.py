@@ -72,8 +72,9 @@ def _inference(model: Model, *, overlap: float) -> dict[str, Any]:
         "sw_batch_size": WINDOWS_A_BATCH,
     }
     before = [
-        {"_target_": "LoadImaged", "keys": "image", "image_only": True, "ensure_channel_first": True},
-        {"_target_": "Orientationd", "keys": "image", "axcodes": "SPL"},
+        {"_target_": "LoadImaged", "keys": "image", "reader": "NibabelReader", "ensure_channel_first": True},
+        # MONAI's labels written out: it is about to change the default.
+        {"_target_": "Orientationd", "keys": "image", "axcodes": "SPL", "labels": [["L", "R"], ["P", "A"], ["I", "S"]]},
     ]
     after = [
         {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": "image",

@@ -64,7 +64,7 @@ def export_graph(model: Model, *, format: str, network: str, output: str) -> Exp
     staged = target.with_name(f".{uuid.uuid4().hex[:8]}{suffix}")
     try:
         difference = write_graph(model, format=format, network=network, file=staged)
-        sidecar.write_text(json.dumps(describe(model, network=network, difference=difference), indent=1) + "\n")
+        sidecar.write_text(json.dumps(describe(model, network=network), indent=1) + "\n")
         staged.replace(target)
     finally:
         staged.unlink(missing_ok=True)
@@ -78,14 +78,16 @@ def write_graph(model: Model, *, format: str, network: str, file: Path) -> float
     sample = torch.randn((2, 1, *model.patch_zyx), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = logits(sample)
+    about = json.dumps(describe(model, network=network))
     write = {"onnx": _write_onnx, "torchscript": _write_torchscript}[format]
-    difference = float((write(logits, sample, file) - expected).abs().max())
+    difference = float((write(logits, sample, file, about) - expected).abs().max())
     if not difference <= TOLERANCE:
         raise DistsegError(f"{file}: the exported logits differ by {difference:.2g}, more than {TOLERANCE}")
     return difference
 
 
-def describe(model: Model, *, network: str, difference: float) -> dict[str, Any]:
+def describe(model: Model, *, network: str) -> dict[str, Any]:
+    """How to prepare an image for the network and read its output; also inside the file, as "metadata.json"."""
     info = model.info
     return {
         "input": "image [B, 1, Z, Y, X] float32; Z to the head, Y to the back, X to the left; spacing_mm apart",
@@ -97,18 +99,18 @@ def describe(model: Model, *, network: str, difference: float) -> dict[str, Any]
         "network": network,
         "method": info.method,
         "step": info.step,
-        "largest_difference_of_logits": difference,
     }
 
 
-def _write_torchscript(logits: nn.Module, sample: Tensor, file: Path) -> Tensor:
+def _write_torchscript(logits: nn.Module, sample: Tensor, file: Path, about: str) -> Tensor:
     with _quiet(), torch.inference_mode():
-        torch.jit.trace(logits, sample, check_trace=False).save(str(file))  # type: ignore[no-untyped-call]  # torch's
+        traced = torch.jit.trace(logits, sample, check_trace=False)  # type: ignore[no-untyped-call]  # torch's
+        torch.jit.save(traced, str(file), _extra_files={"metadata.json": about})  # type: ignore[no-untyped-call]  # torch's
         again: Tensor = torch.jit.load(str(file))(sample)  # type: ignore[no-untyped-call]  # torch's
     return again
 
 
-def _write_onnx(logits: nn.Module, sample: Tensor, file: Path) -> Tensor:
+def _write_onnx(logits: nn.Module, sample: Tensor, file: Path, about: str) -> Tensor:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         _require(package)
     import onnxruntime
@@ -120,6 +122,7 @@ def _write_onnx(logits: nn.Module, sample: Tensor, file: Path) -> Tensor:
             output_names=["logits"], verbose=False,
         )  # fmt: skip
     assert program is not None, "torch.onnx.export with dynamo=True returns the program"
+    program.model.metadata_props["metadata.json"] = about
     program.save(str(file))
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"image": sample.numpy()})

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.inferers import Inferer
+from monai.utils import convert_to_dst_type
 from torch import Tensor
 
 SIGMA_SHARE = 0.125  # of the window's size
@@ -53,7 +54,9 @@ class RunGridInferer(Inferer):
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         affines = inputs.affine.reshape(-1, 4, 4)  # type: ignore[attr-defined]  # a MetaTensor, by MONAI's convention
         scans = zip(inputs.as_tensor(), affines, strict=True)  # type: ignore[attr-defined]  # likewise
-        return torch.stack([self._probabilities(scan[0], affine, network) for scan, affine in scans])
+        found = torch.stack([self._probabilities(scan[0], affine, network) for scan, affine in scans])
+        with_meta: Tensor = convert_to_dst_type(found, inputs)[0]  # the affine and what Invertd undoes
+        return with_meta
 
     def _probabilities(self, image: Tensor, affine: Tensor, network: Callable[..., Tensor]) -> Tensor:
         """[Z, Y, X] -> [K, Z, Y, X]."""
@@ -75,7 +78,8 @@ class RunGridInferer(Inferer):
     def _normalised(self, values: Tensor, nonzero: Tensor) -> Tensor:
         if self.intensity["kind"] == "ct":
             clipped = values.clamp(self.intensity["low"], self.intensity["high"])
-            return (clipped - self.intensity["mean"]) / self.intensity["sd"]
+            scaled: Tensor = (clipped - self.intensity["mean"]) / self.intensity["sd"]
+            return scaled
         if not nonzero.numel():
             return values / SMALLEST_SD
         return (values - nonzero.mean().float()) / max(float(nonzero.std(correction=0)), SMALLEST_SD)
@@ -100,7 +104,8 @@ class RunGridInferer(Inferer):
                 total[(slice(None), *box)] += probabilities * weight
                 weights[box] += weight
         assert total is not None
-        return (total / weights)[(slice(None), *inside)]
+        mean: Tensor = (total / weights)[(slice(None), *inside)]
+        return mean
 
 
 def _starts(size: int, patch: int, overlap: float) -> list[int]:
