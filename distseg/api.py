@@ -32,6 +32,7 @@ from distseg.errors import ConfigError, FinishedWithFailures
 if TYPE_CHECKING:
     from distseg.data.cohort import ScanRecord
     from distseg.inference.export_graph import ExportReport
+    from distseg.training.dry_run import DryRun
     from distseg.training.loop import TrainResult
     from distseg.work.benchmark import BenchmarkResult
     from distseg.work.cohort_actions import CohortReport
@@ -121,11 +122,12 @@ def train(
     preset: str | None = None,
     matching: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> TrainResult:
+) -> TrainResult | DryRun:
     """Train one run, or resume it where it stands.
 
     `overrides` are dotted keys of TrainRunConfig: {"train.steps": 600, "launcher": "local", "data.labeled_scans": 4}.
-    Without `preset` it is `full` if resources.gpus_per_worker > 0, else `small`.
+    Without `preset` it is `full` if resources.gpus_per_worker > 0, else `small`. With {"dry_run": True} nothing is
+    written to `run`, and what it would take comes back.
     """
     from distseg.config.compose import train_config
 
@@ -136,9 +138,11 @@ def train(
     return train_from_config(config)
 
 
-def train_from_config(config: TrainRunConfig) -> TrainResult:
+def train_from_config(config: TrainRunConfig) -> TrainResult | DryRun:
     config = _absolute(config, "cohort", "run")
     config.train = _absolute(config.train, "init_from")
+    if config.dry_run:
+        return _dry_run(config)
     if config.launcher == "local":
         from distseg.training.local import train_local
 
@@ -146,6 +150,16 @@ def train_from_config(config: TrainRunConfig) -> TrainResult:
     from distseg.distributed.train import train_on_ray
 
     return train_on_ray(config)
+
+
+def _dry_run(config: TrainRunConfig) -> DryRun:
+    if config.launcher == "local":
+        from distseg.training.dry_run import dry_run_local
+
+        return dry_run_local(config)
+    from distseg.distributed.train import dry_run_on_ray
+
+    return dry_run_on_ray(config)
 
 
 def evaluate(

@@ -191,7 +191,10 @@ def _show_cohort(config: Any, report: Any) -> None:
     print(list_cohort(config.cohort), end="")
 
 
-def _show_train(_config: Any, result: Any) -> None:
+def _show_train(config: Any, result: Any) -> None:
+    if config.dry_run:
+        print("\n".join(result.lines()))
+        return
     if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
         print(f"{result.run}: trained to step {result.steps}")
 

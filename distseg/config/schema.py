@@ -250,6 +250,7 @@ class TrainRunConfig:
     preset: str = "small"
     seed: int = 0
     launcher: str = "ray"
+    dry_run: bool = False  # train 20 steps elsewhere and say what the run would take; nothing is written to `run`
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -31,7 +31,7 @@ A 3D segmentation network trained by distseg {version}. For research use only: n
     cd THIS_FOLDER
     python -m monai.bundle run --config_file configs/inference.json --dataset_dir FOLDER_OF_NII_GZ --output_dir MASKS
 
-needs monai, torch, nibabel and pytorch-ignite. Masks lie in each file's own grid: {values}.
+needs monai, torch, nibabel, pytorch-ignite and fire. Masks lie in each file's own grid: {values}.
 """
 
 

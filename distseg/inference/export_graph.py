@@ -105,7 +105,7 @@ def describe(model: Model, *, network: str) -> dict[str, Any]:
 def _write_torchscript(logits: nn.Module, sample: Tensor, file: Path, about: str) -> Tensor:
     with _quiet(), torch.inference_mode():
         traced = torch.jit.trace(logits, sample, check_trace=False)  # type: ignore[no-untyped-call]  # torch's
-        torch.jit.save(traced, str(file), _extra_files={"metadata.json": about})  # type: ignore[no-untyped-call]  # torch's
+        torch.jit.save(traced, str(file), _extra_files={"metadata.json": about})
         again: Tensor = torch.jit.load(str(file))(sample)  # type: ignore[no-untyped-call]  # torch's
     return again
 
