@@ -18,7 +18,9 @@ from distseg.config.schema import (
     BenchmarkConfig,
     CohortConfig,
     DemoConfig,
+    DoctorConfig,
     EvaluateConfig,
+    ExportConfig,
     IngestConfig,
     IngestDataConfig,
     LabelConfig,
@@ -31,9 +33,12 @@ from distseg.errors import ConfigError, FinishedWithFailures
 
 if TYPE_CHECKING:
     from distseg.data.cohort import ScanRecord
+    from distseg.inference.export_graph import ExportReport
+    from distseg.training.dry_run import DryRun
     from distseg.training.loop import TrainResult
     from distseg.work.benchmark import BenchmarkResult
     from distseg.work.cohort_actions import CohortReport
+    from distseg.work.doctor_checks import Finding
     from distseg.work.executor import Executor
     from distseg.work.ingest import IngestReport
     from distseg.work.label_cohort import LabelReport
@@ -127,11 +132,12 @@ def train(
     preset: str | None = None,
     matching: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> TrainResult:
+) -> TrainResult | DryRun:
     """Train one run, or resume it where it stands.
 
     `overrides` are dotted keys of TrainRunConfig: {"train.steps": 600, "launcher": "local", "data.labeled_scans": 4}.
-    Without `preset` it is `full` if resources.gpus_per_worker > 0, else `small`.
+    Without `preset` it is `full` if resources.gpus_per_worker > 0, else `small`. With {"dry_run": True} nothing is
+    written to `run`, and what it would take comes back.
     """
     from distseg.config.compose import train_config
 
@@ -142,9 +148,11 @@ def train(
     return train_from_config(config)
 
 
-def train_from_config(config: TrainRunConfig) -> TrainResult:
+def train_from_config(config: TrainRunConfig) -> TrainResult | DryRun:
     config = _absolute(config, "cohort", "run")
     config.train = _absolute(config.train, "init_from")
+    if config.dry_run:
+        return _dry_run(config)
     if config.launcher == "local":
         from distseg.training.local import train_local
 
@@ -152,6 +160,16 @@ def train_from_config(config: TrainRunConfig) -> TrainResult:
     from distseg.distributed.train import train_on_ray
 
     return train_on_ray(config)
+
+
+def _dry_run(config: TrainRunConfig) -> DryRun:
+    if config.launcher == "local":
+        from distseg.training.dry_run import dry_run_local
+
+        return dry_run_local(config)
+    from distseg.distributed.train import dry_run_on_ray
+
+    return dry_run_on_ray(config)
 
 
 def evaluate(
@@ -335,6 +353,63 @@ def benchmark_from_config(config: BenchmarkConfig) -> BenchmarkResult:
     cells = ResourcesConfig(workers=config.side_by_side, gpus_per_worker=config.resources.gpus_per_worker)
     with _executor(config.launcher, cells) as executor:
         return run_benchmark(config, executor=executor)
+
+
+def export(
+    *,
+    run: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    format: Literal["monai_bundle", "onnx", "torchscript"] | None = None,
+    network: Literal["student", "teacher"] | None = None,
+    overlap: float | None = None,
+) -> ExportReport:
+    """Write a run's network for use without distseg; what is written is read back and compared.
+
+    Raises InputError where `output` exists, ConfigError where format="onnx" lacks its packages (distseg[onnx]).
+    """
+    return export_from_config(_config(ExportConfig, locals()))
+
+
+def export_from_config(config: ExportConfig) -> ExportReport:
+    from distseg.inference.model import load_model
+
+    config = _absolute(config, "run", "output")
+    model = load_model(config.run)
+    if config.format == "monai_bundle":
+        from distseg.inference.export_bundle import export_bundle
+
+        return export_bundle(model, network=config.network, overlap=config.overlap, output=config.output)
+    from distseg.inference.export_graph import export_graph
+
+    return export_graph(model, format=config.format, network=config.network, output=config.output)
+
+
+def doctor(
+    *,
+    storage: str | os.PathLike[str] | None = None,
+    storage_mib: int | None = None,
+    launcher: Launcher | None = None,
+    workers: int | None = None,
+    gpus_per_worker: float | None = None,
+) -> list[Finding]:
+    """Check this machine, or every node of the cluster that RAY_ADDRESS names; one finding a check.
+
+    `storage` is a folder that every node should reach; `workers` and `gpus_per_worker` are those of the job to come.
+    """
+    resources = ResourcesConfig(workers=workers or 1, gpus_per_worker=gpus_per_worker or 0.0)
+    return list(doctor_from_config(_config(DoctorConfig, locals(), resources=resources)))
+
+
+def doctor_from_config(config: DoctorConfig) -> Iterator[Finding]:
+    """Findings as they are made."""
+    config = _absolute(config, "storage")
+    if config.launcher == "local":
+        from distseg.work.doctor import examine_machine
+
+        return examine_machine(config)
+    from distseg.distributed.doctor import examine_cluster
+
+    return examine_cluster(config)
 
 
 def _config(kind: type[Config], arguments: Mapping[str, Any], **sections: Any) -> Config:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from distseg.config.quoting import omegaconf_escaped
-from distseg.errors import ConfigError
+from distseg.errors import ConfigError, InputError
 
 # Values that are paths or ids: taken as typed, never parsed as numbers, lists, sweeps or interpolations.
 VERBATIM_KEYS = frozenset(
     (
         "cohort", "run", "source", "input", "output", "train.init_from", "scan", "name",
-        "suite", "phase_a_from",
+        "suite", "phase_a_from", "storage",
     )
 )  # fmt: skip
 
@@ -191,7 +191,10 @@ def _show_cohort(config: Any, report: Any) -> None:
     print(list_cohort(config.cohort), end="")
 
 
-def _show_train(_config: Any, result: Any) -> None:
+def _show_train(config: Any, result: Any) -> None:
+    if config.dry_run:
+        print("\n".join(result.lines()))
+        return
     if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
         print(f"{result.run}: trained to step {result.steps}")
 
@@ -224,6 +227,20 @@ def _show_predict(config: Any, report: Any) -> None:
     print(f"{config.output}: {len(report.written)} masks written")
 
 
+def _show_export(_config: Any, report: Any) -> None:
+    print(f"{report.path}: logits read back differ by {report.largest_difference:.1g} at most")
+
+
+def _show_doctor(_config: Any, findings: Any) -> None:
+    """A line as each check ends; failures make the exit code 2."""
+    failed = []
+    for finding in findings:
+        print(finding.line(), flush=True)
+        failed += [finding.check] if finding.level == "fail" else []
+    if failed:
+        raise InputError(f"{len(failed)} checks failed", where="doctor", value=", ".join(failed))
+
+
 VERBS = {
     verb.name: verb
     for verb in (
@@ -237,5 +254,7 @@ VERBS = {
         Verb("label", "masks for every scan of a cohort, once, and which to distrust", "LabelConfig", _show_label),
         Verb("benchmark", "a suite of methods x label counts x seeds -> tables and figure", "BenchmarkConfig",
              _show_nothing),
+        Verb("export", "a run -> MONAI bundle, ONNX or TorchScript", "ExportConfig", _show_export),
+        Verb("doctor", "checks this machine or cluster: ok, warn or fail, one line each", "DoctorConfig", _show_doctor),
     )
 }  # fmt: skip

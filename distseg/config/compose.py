@@ -25,6 +25,7 @@ NOT_IDENTITY = (
     "run",
     "resources",
     "launcher",
+    "dry_run",
     "checkpoint",
     "logging",
     "data.memory_gib",

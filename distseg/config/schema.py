@@ -14,6 +14,7 @@ METHOD_NAMES = ("supervised", "mean_teacher", "uamt", "cct", "mtc", "dtc", "embe
 _WITHOUT_TEACHER = ("supervised", "cct", "mtc", "dtc")  # no pass of theirs needs dropout to differ from another
 PRESET_NAMES = ("small", "full", "xie2024")
 LAUNCHERS = ("ray", "local")
+EXPORT_FORMATS = ("monai_bundle", "onnx", "torchscript")
 
 
 @dataclass
@@ -327,6 +328,7 @@ class TrainRunConfig:
     preset: str = "small"
     seed: int = 0
     launcher: str = "ray"
+    dry_run: bool = False  # train 20 steps elsewhere and say what the run would take; nothing is written to `run`
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -566,6 +568,36 @@ class DemoConfig:
         at_least("validation", self.validation, 1)
         at_least("warmup_steps", self.warmup_steps, 1)
         at_least("steps", self.steps, 1)
+
+
+@dataclass
+class ExportConfig:
+    """`distseg export`. `output`: a folder that is new; onnx and torchscript also take a file's name."""
+
+    run: str = MISSING
+    output: str = MISSING
+    format: str = "monai_bundle"
+    network: str = "student"
+    overlap: float = 0.5  # of the bundle's windows
+
+    def __post_init__(self) -> None:
+        one_of("format", self.format, EXPORT_FORMATS)
+        one_of("network", self.network, ("student", "teacher"))
+        between("overlap", self.overlap, 0.0, 0.9)
+
+
+@dataclass
+class DoctorConfig:
+    """`distseg doctor`. `resources` are those of the job you mean to start: the check is whether they fit."""
+
+    storage: str = "."  # a folder that every node should reach, e.g. the one where cohort and runs lie
+    storage_mib: int = 64  # written and read on each node, then removed
+    launcher: str = "ray"
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    def __post_init__(self) -> None:
+        between("storage_mib", self.storage_mib, 1, 65_536)
+        one_of("launcher", self.launcher, LAUNCHERS)
 
 
 @dataclass

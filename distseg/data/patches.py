@@ -44,11 +44,16 @@ class PatchReader:
         self._cohort = cohort
         self._spacing = tuple(float(s) for s in spacing_mm)
         self._intensity = intensity
-        self._room_nbytes = memory_nbytes
+        self._memory_nbytes = self._room_nbytes = memory_nbytes
         self._scans: dict[str, Scan] = {}
         self._images: dict[str, npt.NDArray[np.generic]] = {}
         self._labels: dict[str, LabelArray] = {}
         self._placements: dict[str, Placement] = {}
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Of the volumes kept in RAM so far."""
+        return self._memory_nbytes - self._room_nbytes
 
     def shape(self, scan_id: str) -> tuple[int, int, int]:
         """Of the scan on the run's grid."""

@@ -67,15 +67,15 @@ def train_rank(
         for note in session.plan.notes:
             reporter.note(note)
     if session.first_step <= config.train.steps:
-        _train(session, communicator, reporter)
+        train_session(session, communicator, reporter)
     if leads:
         _write_model(session)
     communicator.barrier()
     return TrainResult(config.run, config.train.steps, session.first_step - 1, session.run.last_metrics() or {})
 
 
-def _train(session: Session, communicator: Communicator, reporter: Reporter) -> None:
-    """From the session's first step to the last."""
+def train_session(session: Session, communicator: Communicator, reporter: Reporter) -> None:
+    """From the session's first step to the last. A collective: all ranks must call."""
     config, learner, device = session.config, session.learner, session.device
     leads, total = communicator.rank == 0, config.train.steps
     clock = Clock(device)

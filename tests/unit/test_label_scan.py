@@ -22,8 +22,9 @@ from distseg.inference.scan_facts import FactsOfPlanes
 from distseg.inference.sliding_window import segment
 from distseg.inference.teacher_passes import PassSettings
 from distseg.inference.windows import WindowGrid, gaussian_profile, window_starts
-from distseg.networks.stochastic import pass_outputs, stochastic_logits
-from distseg.networks.unet import UNet3D
+from distseg.networks import stochastic
+from distseg.networks.stochastic import stochastic_logits
+from distseg.networks.unet import NetworkOutput, UNet3D
 
 PATCH, CLASSES, ID = (8, 6, 8), 3, "scan"
 RULE = LabelRule(PassSettings(3, 0.05, None, "mean_of_entropies"), threshold_nats=1.02)
@@ -173,8 +174,9 @@ def test_the_quantile_is_of_the_scans_own_entropies() -> None:
     _, entropy, *_ = whole_volume(image, network(), 0.5, None, RULE)
     for share in (0.5, 0.9):
         _, trust, facts = run(image, network(), dataclasses.replace(RULE, quantile=share))
-        assert facts.threshold_nats == pytest.approx(np.quantile(entropy, share), abs=0.03)
-        assert (trust < 64).mean() == pytest.approx(share, abs=0.15)  # blending narrows the spread of single windows
+        # Of single windows; blending narrows the spread of `entropy` and of what is held against the threshold.
+        assert facts.threshold_nats == pytest.approx(np.quantile(entropy, share), abs=0.05)
+        assert (trust < 64).mean() == pytest.approx(share, abs=0.15)
     _, trust, facts = run(np.zeros_like(image), network(), dataclasses.replace(RULE, quantile=0.5))
     assert facts.threshold_nats == math.inf
     assert trust.max() < 64
@@ -257,13 +259,19 @@ def test_cells_are_the_nearest_windows(size: int, patch: int, overlap: float) ->
 
 
 @pytest.mark.parametrize("dropout", ["all", "decoder"])
-def test_passes_a_few_at_a_time_are_the_passes(dropout: str) -> None:
+def test_passes_a_few_at_a_time_are_the_passes(dropout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net, image = network(3, dropout=dropout), torch.randn(2, 1, *PATCH)
-    kwargs = {"passes": 5, "noise_sigma": 0.1}
-    together = stochastic_logits(net, image, generators=torch_generators(0, Purpose.LABEL, 1, [0, 1], 5), **kwargs)
-    parts = pass_outputs(net, image, at_once=2, generators=torch_generators(0, Purpose.LABEL, 1, [0, 1], 5), **kwargs)
-    joined = torch.cat([output.logits for output in parts]).view_as(together)
-    torch.testing.assert_close(joined, together)
+
+    def passes(at_once: int) -> list[NetworkOutput]:
+        monkeypatch.setitem(stochastic._VOXELS_AT_ONCE, "cpu", at_once * image.numel())
+        drawn = torch_generators(0, Purpose.LABEL, 1, [0, 1], 5)
+        return list(stochastic.pass_outputs(net, image, passes=5, noise_sigma=0.1, generators=drawn))
+
+    together, parts = passes(5), passes(2)
+    assert [len(output.logits) for output in (*together, *parts)] == [10, 4, 6]
+    for name in ("logits", "embeddings"):
+        joined, whole = (torch.cat([getattr(output, name) for output in outputs]) for outputs in (parts, together))
+        torch.testing.assert_close(joined, whole)
 
 
 @given(cuts=st.lists(st.integers(1, 11), max_size=4), seed=st.integers(0, 20))
