@@ -7,7 +7,7 @@ import importlib
 import json
 from pathlib import Path
 
-BENCHMARKS = ("step",)
+BENCHMARKS = ("step", "step_growth")
 
 
 def main() -> None:
