@@ -72,6 +72,21 @@ def train_config(
     return to_typed(node, TrainRunConfig)
 
 
+def with_overrides(config: TrainRunConfig, overrides: Mapping[str, Any]) -> TrainRunConfig:
+    """`config` with dotted keys set; a `matching.kind` brings the other keys of that matching with it.
+
+    Raises ConfigError for an unknown key, or a value outside its rule.
+    """
+    chosen = MATCHINGS.get(str(overrides.get("matching.kind")), {})
+    node = OmegaConf.merge(OmegaConf.structured(TrainRunConfig), _literal(to_plain(config)))
+    try:
+        for key, value in {**dict(flatten(chosen)), **overrides}.items():
+            OmegaConf.update(node, key, _literal(value), force_add=False)
+    except OmegaConfBaseException as error:
+        raise ConfigError(first_line(error), fix="distseg train --help lists the keys") from None
+    return to_typed(node, TrainRunConfig)  # type: ignore[arg-type]  # merge of a structured node is a DictConfig
+
+
 def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 

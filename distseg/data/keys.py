@@ -26,6 +26,8 @@ class Purpose(IntEnum):
     TEACHER = 9
     VALIDATION = 10
     DOUBT = 11
+    TRIAL = 60
+    PERTURB = 61
 
 
 def _sequence(seed: int, purpose: Purpose, counters: tuple[int, ...]) -> np.random.SeedSequence:
