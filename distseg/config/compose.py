@@ -28,6 +28,8 @@ NOT_IDENTITY = (
     "checkpoint",
     "logging",
     "data.memory_gib",
+    "matching.device",
+    "matching.placement",
     "train.profile",
     "train.threads",
 )

@@ -34,7 +34,11 @@ METHODS: dict[str, Values] = {
     "embedding_matching": {"method": {"name": "embedding_matching"}},
 }
 
-MATCHINGS: dict[str, Values] = {"prototypes": {"matching": {"kind": "prototypes"}}}
+# By the bank, L_EN is taken over the voxels that are matched: over all of them its search would be the step's time.
+MATCHINGS: dict[str, Values] = {
+    "prototypes": {"matching": {"kind": "prototypes"}},
+    "index": {"matching": {"kind": "index"}, "method": {"entropy_over": "unreliable"}},
+}
 
 PRESETS: dict[str, Values] = {
     "small": {"preset": "small"},
@@ -57,8 +61,14 @@ PRESETS: dict[str, Values] = {
 
 PRESET_METHOD: dict[tuple[str, str], Values] = {
     ("xie2024", "embedding_matching"): {
-        "matching": {"kind": "prototypes"},
-        "references": {"k": 16, "draws": 5, "without_surface": "none"},
+        "matching": {"kind": "prototypes", "similarity": "cosine", "reduction": "mean", "min_similarity": None},
+        "references": {
+            "k": 16,
+            "draws": 5,
+            "without_surface": "none",
+            "band_inside_mm": None,
+            "band_outside_mm": None,
+        },
         "method": {
             "weight_ua": 0.25,
             "weight_nn": 0.125,
@@ -69,6 +79,7 @@ PRESET_METHOD: dict[tuple[str, str], Values] = {
             "uncertainty": "mean_of_entropies",
             "threshold": "paper",
             "temperature": 1.0,
+            "entropy_over": "all",
         },
     },
 }

@@ -138,9 +138,12 @@ class MethodConfig:
     teacher_noise_sigma: float = 0.01
     teacher_noise_clip: float | None = None  # None: not clipped
     uncertainty: str = "mean_of_entropies"  # Eq 2; entropy_of_mean is UA-MT's
-    threshold: str = "paper"  # paper: [0.75 + ramp(0.25)] ln C; fixed: value x ln C; quantile: of the slot's entropies
+    # paper: [0.75 + ramp(0.25)] ln C; fixed: value x ln C; quantile: of the slot's entropies; per_class: the paper's,
+    # but never under the quantile of the entropies of a class's own voxels, so that no class is left without any.
+    threshold: str = "paper"
     threshold_value: float = 0.75
     temperature: float = 1.0  # of Eq 4; 1 is the paper's
+    entropy_over: str = "all"  # voxels that L_EN is taken over: all (Eq 4 as written) or the unreliable
 
     def __post_init__(self) -> None:
         one_of("method", self.name, METHOD_NAMES)
@@ -148,35 +151,88 @@ class MethodConfig:
             between(f"method.{key}", getattr(self, key), 0.0, 1e3)
         between("method.passes", self.passes, 1, 64)
         one_of("method.uncertainty", self.uncertainty, ("mean_of_entropies", "entropy_of_mean"))
-        one_of("method.threshold", self.threshold, ("paper", "fixed", "quantile"))
+        one_of("method.threshold", self.threshold, ("paper", "fixed", "quantile", "per_class"))
+        one_of("method.entropy_over", self.entropy_over, ("all", "unreliable"))
         between("method.threshold_value", self.threshold_value, 0.0, 1.0)
         between("method.temperature", self.temperature, 1e-3, 1e3)
 
 
 @dataclass
 class MatchingConfig:
-    """How unreliable voxels find their references."""
+    """How unreliable voxels find their references.
 
-    kind: str = "prototypes"  # prototypes of the slot's own labelled patch (the paper)
+    `prototypes`: all references of the slot's own labelled patch at once (the paper). `index`: the `k` nearest of each
+    class in a bank over all labelled scans, searched by FAISS or torch.
+    """
+
+    kind: str = "prototypes"
+    similarity: str = "cosine"  # euclid: 1 / (1 + distance)
+    reduction: str = "mean"  # how a class's references speak as one: mean, max, or softmax-weighted mean
+    temperature: float = 0.1  # of the softmax-weighted mean
+    k: int = 15  # index: nearest references of each class
+    vote: str = (
+        "score"  # index, the pseudo-label: score: highest class score; majority: of the k nearest of all classes
+    )
+    queries: int | None = 1000  # index: unreliable voxels a slot that are matched, drawn afresh each step; None: all
+    queries_from: str = "student"  # index: whose embeddings give the pseudo-label (the paper: the student's)
+    min_similarity: float | None = None  # a voxel less similar than this to every class is not matched
+    backend: str = "auto"  # faiss, torch
+    index: str = "auto"  # flat: exact; ivf: FAISS's inverted lists, approximate
+    device: str = "auto"  # of the index: cpu, cuda; auto: where the network is
+    placement: str = "replica"  # where Ray's workers search: a copy in each, one a node, or one for all
 
     def __post_init__(self) -> None:
-        one_of("matching", self.kind, ("prototypes",))
+        one_of("matching", self.kind, ("prototypes", "index"))
+        one_of("matching.similarity", self.similarity, ("cosine", "euclid"))
+        one_of("matching.reduction", self.reduction, ("mean", "max", "softmax"))
+        between("matching.temperature", self.temperature, 1e-4, 1e3)
+        between("matching.k", self.k, 1, 2048)  # FAISS's bound on a GPU
+        one_of("matching.vote", self.vote, ("score", "majority"))
+        if self.queries is not None:
+            at_least("matching.queries", self.queries, 1)
+        one_of("matching.queries_from", self.queries_from, ("student", "teacher"))
+        if self.min_similarity is not None:
+            between("matching.min_similarity", self.min_similarity, -1.0, 1.0)
+        one_of("matching.backend", self.backend, ("auto", "faiss", "torch"))
+        one_of("matching.index", self.index, ("auto", "flat", "ivf"))
+        one_of("matching.device", self.device, ("auto", "cpu", "cuda"))
+        one_of("matching.placement", self.placement, ("replica", "per_node", "shared"))
 
 
 @dataclass
 class ReferencesConfig:
-    """References per class: `k` voxels a draw, `draws` fresh draws whose similarity maps are averaged (l)."""
+    """Where references come from.
+
+    For prototypes: `k` voxels per class a draw, `draws` fresh draws whose similarity maps are averaged (l). For the
+    index: `patches` patches of labelled scans, `per_patch` voxels of each, made anew every `every_steps` steps.
+    """
 
     k: int = 16
     draws: int = 5
     # Where the slot's labelled patch shows no surface: scan takes another patch of its scan, none leaves L_NN and L_EN
     # out for the slot (METHOD section 2b).
     without_surface: str = "scan"
+    # Of the bank: surface: in bands just inside and outside objects; random: anywhere; doubt: where the teacher is
+    # least sure, the way queries arise (METHOD trap 10).
+    draw: str = "doubt"
+    balanced: bool = True  # as many references of each class of a patch; false: as often as they occur (not surface)
+    patches: int = 32  # labelled patches embedded for a version, scans and classes in turn
+    per_patch: int = 200
+    max_count: int = 50_000  # hard cap on the references of a version: 6.4 MB at E = 32
+    every_steps: int = 50
+    doubt_passes: int = 0  # Monte-Carlo passes that tell doubt; 0: the entropy of the deterministic pass, far cheaper
+    band_inside_mm: float | None = None  # width of the surface bands; None: one voxel (6 neighbours)
+    band_outside_mm: float | None = None
 
     def __post_init__(self) -> None:
         one_of("references.without_surface", self.without_surface, ("scan", "none"))
-        at_least("references.k", self.k, 1)
-        at_least("references.draws", self.draws, 1)
+        one_of("references.draw", self.draw, ("surface", "random", "doubt"))
+        for name in ("k", "draws", "patches", "per_patch", "max_count", "every_steps"):
+            at_least(f"references.{name}", getattr(self, name), 1)
+        between("references.doubt_passes", self.doubt_passes, 0, 64)
+        for name in ("band_inside_mm", "band_outside_mm"):
+            if getattr(self, name) is not None:
+                between(f"references.{name}", getattr(self, name), 0.0, 1e3)
 
 
 @dataclass

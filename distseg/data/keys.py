@@ -26,6 +26,10 @@ class Purpose(IntEnum):
     TEACHER = 9
     VALIDATION = 10
     DOUBT = 11
+    BANK_PATCH = 12
+    BANK_PASSES = 13
+    BANK_VOXELS = 14
+    BANK_INDEX = 15
     TRIAL = 60
     PERTURB = 61
 

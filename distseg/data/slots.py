@@ -35,6 +35,7 @@ class SlotSampler:
     Args:
         labelled, unlabelled: scan ids, in an order that is the same on every rank.
         doubt: the list of centres that serves a step, of which `doubt_share` of the unlabelled patches are drawn.
+        purpose: what the labelled patches are for; another one draws others.
     """
 
     def __init__(
@@ -49,14 +50,15 @@ class SlotSampler:
         seed: int,
         doubt_share: float = 0.0,
         doubt: Callable[[int], Sequence[Centre]] | None = None,
+        purpose: Purpose = Purpose.LABELLED_PATCH,
     ) -> None:
         self.labelled, self.unlabelled, self.seed = tuple(labelled), tuple(unlabelled), seed
         self._reader, self._size = reader, tuple(int(n) for n in patch_zyx)
         self._foreground_share, self._augmentation = foreground_share, augmentation
-        self._doubt_share, self._doubt = doubt_share, doubt
+        self._doubt_share, self._doubt, self._purpose = doubt_share, doubt, purpose
 
     def labelled_patch(self, step: int, slot: int) -> Patch:
-        rng = generator(self.seed, Purpose.LABELLED_PATCH, step, slot)
+        rng = generator(self.seed, self._purpose, step, slot)
         scan_id = self.labelled[int(rng.integers(len(self.labelled)))]
         placement = self._reader.placement(scan_id)
         on_foreground = bool(rng.random() < self._foreground_share) and bool(placement.foreground)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from distseg.config.schema import TrainRunConfig
+from distseg.matching.bank import Bank
+from distseg.methods.bank_matching import BankMatching
 from distseg.methods.base import Method
 from distseg.methods.embedding_matching import EmbeddingMatching
 from distseg.methods.mean_teacher import MeanTeacher
@@ -10,12 +14,25 @@ from distseg.methods.supervised import Supervised
 from distseg.methods.uamt import UncertaintyAwareMeanTeacher
 
 
-def make_method(config: TrainRunConfig, *, num_classes: int) -> Method:
-    """The method that `config.method.name` names (the schema has checked that there is one)."""
+def uses_bank(config: TrainRunConfig) -> bool:
+    return config.method.name == "embedding_matching" and config.matching.kind == "index"
+
+
+def make_method(config: TrainRunConfig, *, num_classes: int, bank_of: Callable[[int], Bank] | None = None) -> Method:
+    """The method that `config.method.name` names (the schema has checked that there is one).
+
+    `bank_of` gives the bank that serves a step; needed where `uses_bank` says so.
+    """
+    if uses_bank(config):
+        assert bank_of is not None, "who trains with a bank gives one"
+        return BankMatching(config.method, num_classes=num_classes, matching=config.matching, bank_of=bank_of)
+    if config.method.name == "embedding_matching":
+        return EmbeddingMatching(
+            config.method, num_classes=num_classes, matching=config.matching, draws=config.references.draws
+        )
     kinds: dict[str, type[Method]] = {
         "supervised": Supervised,
         "mean_teacher": MeanTeacher,
         "uamt": UncertaintyAwareMeanTeacher,
-        "embedding_matching": EmbeddingMatching,
     }
     return kinds[config.method.name](config.method, num_classes=num_classes)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distseg.config.schema import MethodConfig
 from distseg.data.batch import Batch
+from distseg.matching.bank import Bank
 from distseg.networks.stochastic import Generators, stochastic_logits
 from distseg.networks.unet import NetworkOutput, UNet3D
 
@@ -35,6 +36,13 @@ class Share(NamedTuple):
     whole: Tensor
 
 
+class Queries(NamedTuple):
+    """Voxels of each slot that are matched against a bank; `valid` is False where a slot has fewer than Q."""
+
+    voxels: Tensor  # int64 [B, Q], flat indices
+    valid: Tensor  # bool [B, Q]
+
+
 @dataclass(frozen=True)
 class Targets:
     """What the teacher asks of the student on the unlabelled patches; a method fills in what it uses."""
@@ -42,7 +50,11 @@ class Targets:
     label: Tensor | None = None  # int64 [B, Z, Y, X], the teacher's pseudo-label
     reliable: Tensor | None = None  # bool [B, Z, Y, X]
     logits: Tensor | None = None  # [B, K, Z, Y, X], of a consistency target
-    prototypes: Tensor | None = None  # [B, K, E]
+    references: Tensor | None = None  # prototypes [B, K, E], or each reference [B, K, R, E]
+    queries: Queries | None = None
+    query_vectors: Tensor | None = None  # [B, Q, E], the teacher's, where it is its embeddings that are matched
+    entropy_queries: Queries | None = None  # of L_EN where it is taken over all voxels
+    bank: Bank | None = None
     present: Tensor | None = None  # bool [B, K], classes with references
     hidden: Tensor | None = None  # int64 [B, Z, Y, X], diagnostics only, -1 unknown
     threshold_nats: Tensor | None = None  # [B]
@@ -60,7 +72,8 @@ class Method(ABC):
     """One way of learning from unlabelled patches."""
 
     uses_unlabelled = True
-    needs_references = False
+    needs_references = False  # of the slot's labelled patch
+    needs_bank = False
 
     def __init__(self, config: MethodConfig, *, num_classes: int) -> None:
         self.config, self.num_classes = config, num_classes

@@ -29,7 +29,7 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
     def teach(self, teacher: UNet3D, batch: Batch, at: At, generators: Generators | None) -> Targets:
         passes = self.stochastic_passes(teacher, batch, generators)
         entropy, label = uncertainty_and_label(passes[1:], uncertainty=self.config.uncertainty)
-        reliable, threshold = reliable_voxels(entropy, self.config, at=at, num_classes=self.num_classes)
+        reliable, threshold = reliable_voxels(entropy, label, self.config, at=at, num_classes=self.num_classes)
         return Targets(label=label, reliable=reliable, logits=passes[0], threshold_nats=threshold)
 
     def terms(self, output: NetworkOutput, targets: Targets) -> Terms:

@@ -102,6 +102,12 @@ def newest_step(root: Path) -> int:
     return int(folders[-1].name.removeprefix("step_")) if folders else 0
 
 
+def oldest_step(root: Path) -> int:
+    """Of the oldest checkpoint; 0 if there is none."""
+    folders = list_checkpoints(root)
+    return int(folders[0].name.removeprefix("step_")) if folders else 0
+
+
 def load_newest(root: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; a damaged one is passed over with a warning. None if there is none."""
     for folder in reversed(list_checkpoints(root)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +19,7 @@ class Feed:
     """The batch of any step, for one rank.
 
     Args:
+        spacing_mm: Z Y X, of the patches.
         references: how to draw them where the method matches against the slot's labelled patch, else None.
         diagnostics: open the hidden truth of unlabelled scans in `truth_of`, to be measured and never trained on.
     """
@@ -30,10 +31,12 @@ class Feed:
         slots: tuple[int, ...],
         num_classes: int,
         references: ReferencesConfig | None,
+        spacing_mm: Sequence[float],
         needs_unlabelled: bool,
         truth_of: frozenset[str] = frozenset(),
     ) -> None:
         self._sampler, self._slots, self._num_classes = sampler, slots, num_classes
+        self._spacing_mm = tuple(spacing_mm)
         self._references, self._needs_unlabelled, self._truth_of = references, needs_unlabelled, truth_of
 
     def batch(self, step: int) -> Batch:
@@ -83,12 +86,19 @@ class Feed:
         return labelled, index, present
 
     def _surface_references(self, patch: Patch, step: int, slot: int) -> tuple[IntArray, BoolArray]:
-        assert self._references is not None, "the method matches"
+        c = self._references
+        assert c is not None, "the method matches"
         assert patch.label is not None, "the sampler cuts labelled patches with their labels"
         return draw_references(
-            surface_bands(patch.label, self._num_classes),
-            k=self._references.k,
-            draws=self._references.draws,
+            surface_bands(
+                patch.label,
+                self._num_classes,
+                spacing_mm=self._spacing_mm,
+                inside_mm=c.band_inside_mm,
+                outside_mm=c.band_outside_mm,
+            ),
+            k=c.k,
+            draws=c.draws,
             generator=generator(self._sampler.seed, Purpose.REFERENCES, step, slot),
         )
 

@@ -14,9 +14,12 @@ from distseg.data.patches import PatchReader
 from distseg.data.slots import SlotSampler
 from distseg.errors import ConfigError
 from distseg.inference.model import build_network
-from distseg.methods import make_method
+from distseg.methods import make_method, uses_bank
 from distseg.methods.base import Method
 from distseg.networks.ema import make_teacher
+from distseg.training.bank import Banks, MakeReferenceService
+from distseg.training.bank_builder import ReferenceBuilder
+from distseg.training.bank_folder import BankFolder, LocalReferences
 from distseg.training.checkpoint import Checkpoint, load_newest
 from distseg.training.doubt import DoubtCentres
 from distseg.training.feed import Feed
@@ -40,6 +43,8 @@ class Session:
     reader: PatchReader
     feed: Feed
     doubt: DoubtCentres | None
+    banks: Banks | None
+    references: ReferenceBuilder | None  # of methods that match
     settings: StepSettings
     device: torch.device
     dtype: torch.dtype
@@ -63,8 +68,10 @@ def open_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:
     return run, plan
 
 
-def start_session(config: TrainRunConfig, communicator: Communicator) -> Session:
-    """Build this rank's side of a run that `open_run` has opened."""
+def start_session(
+    config: TrainRunConfig, communicator: Communicator, make_service: MakeReferenceService = LocalReferences
+) -> Session:
+    """Build this rank's side of a run that `open_run` has opened. `make_service`: where a bank's versions come from."""
     run = RunDirectory(config.run)
     stored = run.stored()
     if stored is None:
@@ -98,7 +105,6 @@ def start_session(config: TrainRunConfig, communicator: Communicator) -> Session
             group["betas"] = tuple(config.optimizer.betas)  # this run's, not those of the run it branches from
         first_step = 1 if branched else checkpoint.step + 1
         offset = checkpoint.schedule_step - (0 if branched else checkpoint.step)
-    method = make_method(config, num_classes=plan.num_classes)
     cohort = Cohort.open(config.cohort)
     reader = PatchReader(
         cohort,
@@ -106,6 +112,28 @@ def start_session(config: TrainRunConfig, communicator: Communicator) -> Session
         intensity=plan.intensity,
         memory_nbytes=int(config.data.memory_gib * 2**30),
     )
+    builder = ReferenceBuilder(
+        config,
+        reader,
+        labelled=plan.labelled,
+        spacing_mm=plan.spacing_mm,
+        num_classes=plan.num_classes,
+        device=device,
+        dtype=dtype,
+    )
+    banks = None
+    if uses_bank(config):
+        service = make_service(
+            BankFolder(run.path / "bank", config, num_classes=plan.num_classes),
+            config=config,
+            scan_ids=plan.labelled,
+            num_classes=plan.num_classes,
+            width=student.embedding_width,
+            communicator=communicator,
+            device=device,
+        )
+        banks = Banks(builder, service, every_steps=config.references.every_steps, communicator=communicator)
+    method = make_method(config, num_classes=plan.num_classes, bank_of=banks.serving if banks else None)
     doubt = _doubt(config, plan, run, reader, communicator) if method.uses_unlabelled else None
     return Session(
         config=config,
@@ -116,6 +144,8 @@ def start_session(config: TrainRunConfig, communicator: Communicator) -> Session
         reader=reader,
         feed=_feed(config, plan, cohort, reader, method, communicator, doubt),
         doubt=doubt,
+        banks=banks,
+        references=builder if config.method.name == "embedding_matching" else None,
         settings=_settings(config, device, precision),
         device=device,
         dtype=dtype,
@@ -162,6 +192,7 @@ def _feed(
         slots=tuple(range(communicator.rank, config.train.batch_size, communicator.world_size)),
         num_classes=plan.num_classes,
         references=config.references if method.needs_references else None,
+        spacing_mm=plan.spacing_mm,
         needs_unlabelled=method.uses_unlabelled,
         truth_of=annotated if config.train.diagnostics else frozenset(),
     )
