@@ -13,7 +13,8 @@ MISSING = "???"
 METHOD_NAMES = ("supervised", "mean_teacher", "uamt", "embedding_matching")
 PRESET_NAMES = ("small", "full", "xie2024")
 LAUNCHERS = ("ray", "local")
-OBJECTIVES = ("val_dice",)  # what training measures on validation patches: keys of metrics.jsonl
+# What training measures on validation patches, keys of metrics.jsonl, and whether more of it is better.
+OBJECTIVES = {"val_dice": "max"}
 
 
 @dataclass
@@ -372,8 +373,7 @@ class TuneConfig:
     runner: str | None = None  # inline, train; None: inline where a trial has one worker
     concurrent: int | None = None  # trials at once; None: as many as the cluster has room for
     objective: str = "val_dice"  # a key of metrics.jsonl, measured on validation patches only
-    mode: str = "max"
-    looks: int = 9  # at the objective, evenly spread over a trial; nine and `reduction` 3 are ASHA rungs at 1/9 and 1/3
+    looks: int = 9  # at the objective, evenly over a trial: with `reduction` 3, ASHA decides after 1/9 and 1/3 of it
     reduction: int = 3  # ASHA lets one in so many go on at each rung
     validation_share: float = 0.05  # of a trial's network passes that looking may take; fewer patches if need be
     warmup_steps: int | None = None  # supervised steps all trials branch from; None: train.steps if the space allows
@@ -385,8 +385,7 @@ class TuneConfig:
             one_of("tune.scheduler", self.scheduler, ("none", "asha", "pbt"))
         if self.runner is not None:
             one_of("tune.runner", self.runner, ("inline", "train"))
-        one_of("tune.objective", self.objective, OBJECTIVES)
-        one_of("tune.mode", self.mode, ("max", "min"))
+        one_of("tune.objective", self.objective, tuple(OBJECTIVES))
         at_least("tune.looks", self.looks, 1)
         at_least("tune.reduction", self.reduction, 2)
         between("tune.validation_share", self.validation_share, 0.001, 1.0)

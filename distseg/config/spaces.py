@@ -195,7 +195,7 @@ def _range(section: Section, kind: str, entries: Sequence[Any], *, whole: bool) 
     where = f"{section.where}: {kind}"
     number = int if whole else (int, float)
     for entry in entries:
-        if not isinstance(entry, number) or isinstance(entry, bool):  # type: ignore[arg-type]  # a type or two of them
+        if not isinstance(entry, number) or isinstance(entry, bool):
             rule = "whole numbers" if whole else "numbers; YAML reads 1.0e-3 as one, 1e-3 as text"
             raise ConfigError("bounds of something else", where=where, value=entry, rule=rule)
     if len(entries) != 2 or not entries[0] < entries[1]:

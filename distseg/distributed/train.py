@@ -39,8 +39,11 @@ MAX_CONTROLLER_FAILURES = 3  # by default Ray tries for ever to find resources
 _POLL_S = 0.5
 
 
-def train_on_ray(config: TrainRunConfig) -> TrainResult:
-    """Train on `resources.workers` Ray Train workers, from the newest checkpoint of the run directory."""
+def train_on_ray(config: TrainRunConfig, *, cpus_per_worker: int | None = None) -> TrainResult:
+    """Train on `resources.workers` Ray Train workers, from the newest checkpoint of the run directory.
+
+    `cpus_per_worker`: None shares out all that the cluster has.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     resources = config.resources
@@ -48,7 +51,8 @@ def train_on_ray(config: TrainRunConfig) -> TrainResult:
     with connect(workers=resources.workers, gpus_per_worker=resources.gpus_per_worker):
         run, plan = open_run(config)
         resumed_from = newest_step(run.checkpoints)
-        cpus = max(1, min(cores, int(ray.cluster_resources().get("CPU", cores))) // resources.workers)  # type: ignore[no-untyped-call]  # Ray has no hints
+        all_cpus = int(ray.cluster_resources().get("CPU", cores))  # type: ignore[no-untyped-call]  # Ray has no hints
+        cpus = cpus_per_worker or max(1, min(cores, all_cpus) // resources.workers)
         # Held: the actor lives as long as its handle.
         _owner = (
             start_owner(config, run.path / "bank", num_classes=plan.num_classes, scan_ids=plan.labelled)

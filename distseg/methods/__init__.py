@@ -36,3 +36,13 @@ def make_method(config: TrainRunConfig, *, num_classes: int, bank_of: Callable[[
         "uamt": UncertaintyAwareMeanTeacher,
     }
     return kinds[config.method.name](config.method, num_classes=num_classes)
+
+
+def passes_a_slot(config: TrainRunConfig) -> float:
+    """What a step costs, in forward passes of the network a slot; a backward counts as two."""
+    method = make_method(config, num_classes=2, bank_of=_no_bank)
+    return 3.0 + (3.0 if method.uses_unlabelled else 0.0) + method.teacher_passes
+
+
+def _no_bank(_step: int) -> Bank:
+    raise AssertionError("a method that is only asked for its cost takes no step")
