@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from distseg.config.quoting import omegaconf_escaped
-from distseg.errors import ConfigError
+from distseg.errors import ConfigError, InputError
 
 # Values that are paths or ids: taken as typed, never parsed as numbers, lists, sweeps or interpolations.
 VERBATIM_KEYS = frozenset(
     (
         "cohort", "run", "source", "input", "output", "train.init_from", "scan", "name",
-        "suite", "phase_a_from", "tune.space",
+        "suite", "phase_a_from", "storage", "tune.space",
     )
 )  # fmt: skip
 
@@ -203,7 +203,10 @@ def _show_cohort(config: Any, report: Any) -> None:
     print(list_cohort(config.cohort), end="")
 
 
-def _show_train(_config: Any, result: Any) -> None:
+def _show_train(config: Any, result: Any) -> None:
+    if config.dry_run:
+        print("\n".join(result.lines()))
+        return
     if os.environ.get("RANK", "0") == "0":  # under torchrun one process speaks
         print(f"{result.run}: trained to step {result.steps}")
 
@@ -224,8 +227,30 @@ def _figure(mean: float | None) -> str:
     return "-" if mean is None else f"{mean:.3f}"
 
 
+def _show_label(config: Any, report: Any) -> None:
+    if config.dry_run:
+        print(report)
+        return
+    print(f"{report.output}: {report.labelled} scans labelled, {report.done_before} done before")
+    print(f"review: {report.output}/review.html")
+
+
 def _show_predict(config: Any, report: Any) -> None:
     print(f"{config.output}: {len(report.written)} masks written")
+
+
+def _show_export(_config: Any, report: Any) -> None:
+    print(f"{report.path}: logits read back differ by {report.largest_difference:.1g} at most")
+
+
+def _show_doctor(_config: Any, findings: Any) -> None:
+    """A line as each check ends; failures make the exit code 2."""
+    failed = []
+    for finding in findings:
+        print(finding.line(), flush=True)
+        failed += [finding.check] if finding.level == "fail" else []
+    if failed:
+        raise InputError(f"{len(failed)} checks failed", where="doctor", value=", ".join(failed))
 
 
 VERBS = {
@@ -240,7 +265,10 @@ VERBS = {
         Verb("predict", "one file or folder -> masks in the input's own grid", "PredictConfig", _show_predict),
         Verb("tune", "a sweep of thresholds, weights or any key of train -> the best model, a table, a report",
              "TuneRunConfig", _show_nothing),
+        Verb("label", "masks for every scan of a cohort, once, and which to distrust", "LabelConfig", _show_label),
         Verb("benchmark", "a suite of methods x label counts x seeds -> tables and figure", "BenchmarkConfig",
              _show_nothing),
+        Verb("export", "a run -> MONAI bundle, ONNX or TorchScript", "ExportConfig", _show_export),
+        Verb("doctor", "checks this machine or cluster: ok, warn or fail, one line each", "DoctorConfig", _show_doctor),
     )
 }  # fmt: skip

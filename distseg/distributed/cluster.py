@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from types import TracebackType
 
 import ray
@@ -13,6 +14,7 @@ from distseg.errors import InputError
 # Set before Ray starts and only where the user has not: no usage report leaves the machine, and a task that asks for
 # no GPU keeps what CUDA_VISIBLE_DEVICES says (Ray's own coming default, which otherwise warns at each start).
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+_REACH_TIMEOUT_S = 10.0
 
 
 class Connection:
@@ -47,6 +49,7 @@ def connect(
         address = os.environ.get("RAY_ADDRESS")
         try:
             if address:
+                _reach(address)
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 ray.init(
@@ -66,6 +69,17 @@ def connect(
         connection.close()
         raise
     return connection
+
+
+def _reach(address: str) -> None:
+    """Raises ConnectionError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "://" in address or not port.isdigit():
+        return  # "auto", or a Ray client's address
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(str(error)) from error
 
 
 def check_resources(*, workers: int, gpus_per_worker: float = 0.0, cpus_per_worker: float = 1.0) -> None:

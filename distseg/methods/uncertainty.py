@@ -13,6 +13,7 @@ from torch import Tensor
 from distseg.config.schema import MethodConfig
 from distseg.losses.schedules import threshold_nats
 from distseg.methods.base import At
+from distseg.networks.best_class import best_class
 
 
 def uncertainty_and_label(logits: Tensor, *, uncertainty: str) -> tuple[Tensor, Tensor]:
@@ -20,15 +21,18 @@ def uncertainty_and_label(logits: Tensor, *, uncertainty: str) -> tuple[Tensor, 
 
     `mean_of_entropies` is Eq 2: the mean over passes of each pass's entropy. `entropy_of_mean` is UA-MT's.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a GPU's passes come in bfloat16
-    log_p = torch.log_softmax(logits, dim=2)
-    p = log_p.exp()
-    mean_p = p.mean(0)  # [B, K, Z, Y, X]
-    if uncertainty == "mean_of_entropies":
-        entropy = -torch.einsum("mbk...,mbk...->b...", p, log_p) / logits.shape[0]
-    else:
-        entropy = -torch.xlogy(mean_p, mean_p).sum(1)
-    return entropy, mean_p.argmax(1)
+    precise = torch.promote_types(logits.dtype, torch.float32)  # passes may come in bfloat16
+    mean_p = logits.new_zeros(logits.shape[1:], dtype=precise)  # [B, K, Z, Y, X]
+    mean_log = torch.zeros_like(mean_p)
+    for one_pass in logits:  # no map of M passes is made
+        log_p = torch.log_softmax(one_pass, dim=1, dtype=precise)
+        p = log_p.exp()
+        mean_p.add_(p, alpha=1 / len(logits))
+        if uncertainty == "mean_of_entropies":
+            mean_log.addcmul_(p, log_p, value=1 / len(logits))
+    if uncertainty == "entropy_of_mean":
+        mean_log = torch.xlogy(mean_p, mean_p)
+    return -mean_log.sum(1), best_class(mean_p)
 
 
 def reliable_voxels(
