@@ -77,7 +77,7 @@ class RayTrials:
 
     def run(self, sweep: Sweep, trials: Trials, progress: TuneProgress) -> None:
         room, cpus = room_for_trials(_nodes(), self._resources, wanted=sweep.settings.concurrent or sweep.trials)
-        objective, mode = sweep.settings.objective, "max" if sweep.best_is_max else "min"
+        mode = "max" if sweep.best_is_max else "min"
         nested, pbt = sweep.settings.runner == "train", sweep.settings.scheduler == "pbt"
         if pbt and nested and room < sweep.trials:
             raise InputError(
@@ -97,8 +97,6 @@ class RayTrials:
             ),
             param_space=space,
             tune_config=ray.tune.TuneConfig(
-                metric=objective,
-                mode=mode,
                 search_alg=None if pbt else _Source(trials),
                 scheduler=_scheduler(sweep, trials, mode),
                 num_samples=1 if pbt else trials.left(),
@@ -170,7 +168,14 @@ def _name(trial: Any) -> str:
     return name
 
 
-class _Source(Searcher):
+class _NotKept:
+    """Tune pickles what it is given into its own state, which nobody reads; what belongs to this process stays out."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Source(_NotKept, Searcher):
     """Tune's next trial is ours."""
 
     def __init__(self, trials: Trials) -> None:
@@ -194,7 +199,7 @@ class _Source(Searcher):
         raise AssertionError("a sweep is never restored from Ray's state")
 
 
-class _Teller(ray.tune.Callback):
+class _Teller(_NotKept, ray.tune.Callback):
     """Writes down what Tune's trials report and how they end."""
 
     def __init__(self, trials: Trials, progress: TuneProgress) -> None:
