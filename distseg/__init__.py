@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-VERBS = ("benchmark", "cohort", "demo", "doctor", "evaluate", "export", "ingest", "predict", "train")
+VERBS = ("benchmark", "cohort", "demo", "doctor", "evaluate", "export", "ingest", "label", "predict", "train")
 __all__ = ["__version__", *VERBS]
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distseg.api import evaluate as evaluate
     from distseg.api import export as export
     from distseg.api import ingest as ingest
+    from distseg.api import label as label
     from distseg.api import predict as predict
     from distseg.api import train as train
 

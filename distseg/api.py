@@ -23,6 +23,8 @@ from distseg.config.schema import (
     ExportConfig,
     IngestConfig,
     IngestDataConfig,
+    LabelConfig,
+    LabelSectionConfig,
     PredictConfig,
     ResourcesConfig,
     TrainRunConfig,
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from distseg.work.doctor_checks import Finding
     from distseg.work.executor import Executor
     from distseg.work.ingest import IngestReport
+    from distseg.work.label_cohort import LabelReport
+    from distseg.work.label_estimate import LabelEstimate
     from distseg.work.predict import PredictReport
 
 Launcher = Literal["ray", "local"]
@@ -51,16 +55,21 @@ def ingest(
     cohort: str | os.PathLike[str],
     spacing_mm: Sequence[float] | None = None,
     split: Sequence[float] | None = None,
+    structures: Sequence[str] | None = None,
     launcher: Launcher | None = None,
     workers: int | None = None,
     progress: bool | None = None,
 ) -> IngestReport:
-    """Read `source` (nnU-Net raw or a folder of NIfTI) into the cohort store `cohort`; scans already there stay.
+    """Read `source` (a folder of NIfTI or of DICOM series, nnU-Net raw, Medical Segmentation Decathlon,
+    TotalSegmentator) into the cohort store `cohort`; scans already there stay.
 
     `spacing_mm` in Z, Y, X resamples; None keeps native spacing. `split` are the shares of train, val and test where
-    the source names none. Raises FinishedWithFailures with the scans that could not be read; the rest is in.
+    the source names none. `structures` are the masks, segments or ROIs that become the classes 1, 2, ... Raises
+    FinishedWithFailures with the scans that could not be read; the rest is in.
     """
-    data = IngestDataConfig(spacing_mm=_list(spacing_mm), split=_list(split))
+    data = IngestDataConfig(
+        spacing_mm=_list(spacing_mm), split=_list(split), structures=None if structures is None else list(structures)
+    )
     return ingest_from_config(_config(IngestConfig, locals(), data=data))
 
 
@@ -74,6 +83,7 @@ def ingest_from_config(config: IngestConfig) -> IngestReport:
             cohort=config.cohort,
             spacing_mm=config.data.spacing_mm,
             split=config.data.split,
+            structures=config.data.structures,
             executor=executor,
             progress=config.logging.progress,
         )
@@ -206,7 +216,7 @@ def predict(
     workers: int | None = None,
     progress: bool | None = None,
 ) -> PredictReport:
-    """Segment one file or a folder of files; each mask lies in its input's own grid.
+    """Segment one file, a folder of NIfTI or the DICOM series below a folder; each mask lies in its input's own grid.
 
     Raises FinishedWithFailures with the files that could not be segmented; the other masks are written.
     """
@@ -229,6 +239,59 @@ def predict_from_config(config: PredictConfig) -> PredictReport:
         )
     if report.failed:
         raise FinishedWithFailures(f"{config.output}: {len(report.written)} masks written", report.failed)
+    return report
+
+
+def label(
+    *,
+    run: str | os.PathLike[str],
+    cohort: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    only: Literal["all", "unlabelled"] | None = None,
+    threshold: float | None = None,
+    quantile: float | None = None,
+    min_similarity: float | None = None,
+    passes: int | None = None,
+    overlap: float | None = None,
+    seed: int | None = None,
+    attempts: int | None = None,
+    review_scans: int | None = None,
+    next_scans: int | None = None,
+    dry_run: bool | None = None,
+    launcher: Launcher | None = None,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> LabelReport | LabelEstimate:
+    """Pseudo-label every scan of a cohort, or of a folder of images, once: masks, trust maps, and which to distrust.
+
+    The same call again goes on where it stands. `threshold` is in nats of entropy; None is the run's. `dry_run` writes
+    nothing and returns what it would take. Raises FinishedWithFailures with the scans that were set aside.
+    """
+    arguments = locals()
+    section = _config(LabelSectionConfig, {k: v for k, v in arguments.items() if k not in ("workers", "progress")})
+    return label_from_config(_config(LabelConfig, arguments, label=section))
+
+
+def label_from_config(config: LabelConfig) -> LabelReport | LabelEstimate:
+    config = _absolute(config, "run", "cohort", "output")
+    if config.dry_run:
+        from distseg.work.label_estimate import estimate_label
+
+        return estimate_label(config)
+    from distseg.work.label_cohort import label_cohort
+
+    with _pool(config.launcher, config.resources) as executor:
+        report = label_cohort(
+            run=config.run,
+            cohort=config.cohort,
+            output=config.output,
+            settings=config.label,
+            executor=executor,
+            progress=config.logging.progress,
+        )
+    if report.set_aside:
+        done = f"{report.output}: {report.labelled} scans labelled, {report.done_before} done before"
+        raise FinishedWithFailures(done, report.set_aside)
     return report
 
 
@@ -263,7 +326,7 @@ def benchmark(
     run: str | os.PathLike[str],
     suite: str | os.PathLike[str] | None = None,
     rows: Sequence[str] | None = None,
-    labelled: Sequence[int] | None = None,
+    labelled: Sequence[int | str] | None = None,
     seeds: Sequence[int] | None = None,
     phase_a_from: str | os.PathLike[str] | None = None,
     side_by_side: int | None = None,
@@ -397,6 +460,25 @@ def _executor(launcher: str, resources: ResourcesConfig) -> Iterator[Executor]:
         from distseg.distributed.executor import RayExecutor
 
         executor = RayExecutor(resources.workers, gpus_per_task=resources.gpus_per_worker)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+@contextmanager
+def _pool(launcher: str, resources: ResourcesConfig) -> Iterator[Executor]:
+    """Like `_executor`, for items that share something costly: each worker lives on, and reads and packs beside the
+    network."""
+    executor: Executor
+    if launcher == "local":
+        from distseg.work.executor import LocalExecutor
+
+        executor = LocalExecutor(resources.workers, at_once=2)
+    else:
+        from distseg.distributed.actor_pool import ActorPool
+
+        executor = ActorPool(resources.workers, gpus_per_actor=resources.gpus_per_worker, at_once=2)
     try:
         yield executor
     finally:

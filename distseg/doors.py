@@ -215,6 +215,14 @@ def _figure(mean: float | None) -> str:
     return "-" if mean is None else f"{mean:.3f}"
 
 
+def _show_label(config: Any, report: Any) -> None:
+    if config.dry_run:
+        print(report)
+        return
+    print(f"{report.output}: {report.labelled} scans labelled, {report.done_before} done before")
+    print(f"review: {report.output}/review.html")
+
+
 def _show_predict(config: Any, report: Any) -> None:
     print(f"{config.output}: {len(report.written)} masks written")
 
@@ -243,6 +251,7 @@ VERBS = {
         Verb("train", "one run; the same command again resumes", "TrainRunConfig", _show_train),
         Verb("evaluate", "IoU, Dice, HD95 and ASD on a split, and a report", "EvaluateConfig", _show_evaluate),
         Verb("predict", "one file or folder -> masks in the input's own grid", "PredictConfig", _show_predict),
+        Verb("label", "masks for every scan of a cohort, once, and which to distrust", "LabelConfig", _show_label),
         Verb("benchmark", "a suite of methods x label counts x seeds -> tables and figure", "BenchmarkConfig",
              _show_nothing),
         Verb("export", "a run -> MONAI bundle, ONNX or TorchScript", "ExportConfig", _show_export),

@@ -29,9 +29,13 @@ NOT_IDENTITY = (
     "checkpoint",
     "logging",
     "data.memory_gib",
+    "matching.device",
+    "matching.placement",
     "train.profile",
     "train.threads",
 )
+# Nor do these, of a method that does not match.
+ONLY_MATCHING = ("matching", "references")
 # What every method of a table must share.
 RECIPE = ("data", "network", "sampling", "augment", "optimizer", "train")
 
@@ -125,10 +129,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def identity(config: TrainRunConfig) -> dict[str, Any]:
     """The dotted keys that make this run the run it is."""
+    skipped = NOT_IDENTITY if config.method.name == "embedding_matching" else (*NOT_IDENTITY, *ONLY_MATCHING)
     return {
         key: value
         for key, value in flatten(to_plain(config))
-        if not any(key == skip or key.startswith(f"{skip}.") for skip in NOT_IDENTITY)
+        if not any(key == skip or key.startswith(f"{skip}.") for skip in skipped)
     }
 
 

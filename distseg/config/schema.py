@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from distseg.config.checks import at_least, at_least_one_of, between, one_of, require
 
 MISSING = "???"
-METHOD_NAMES = ("supervised", "mean_teacher", "uamt", "embedding_matching")
+METHOD_NAMES = ("supervised", "mean_teacher", "uamt", "cct", "mtc", "dtc", "embedding_matching")
+_WITHOUT_TEACHER = ("supervised", "cct", "mtc", "dtc")  # no pass of theirs needs dropout to differ from another
 PRESET_NAMES = ("small", "full", "xie2024")
 LAUNCHERS = ("ray", "local")
 EXPORT_FORMATS = ("monai_bundle", "onnx", "torchscript")
@@ -23,6 +24,7 @@ class DataConfig:
     spacing_mm: list[float] | None = None  # Z Y X; None: the median spacing of the labelled training scans
     labeled_scans: int | None = None
     labeled_ids: list[str] | None = None  # names the labelled scans outright, instead of a seeded draw
+    labeled_patches: int | None = None  # of the labelled scans, patches of a lattice that are labelled; None: all of it
     subset_seed: int = 0
     mirror_pairs: list[list[str]] | None = None  # classes that swap under a left-right flip
     memory_gib: float = 4.0  # training volumes kept in RAM, a worker; the rest is read patch by patch
@@ -38,6 +40,8 @@ class DataConfig:
             )
         if self.labeled_scans is not None:
             at_least("data.labeled_scans", self.labeled_scans, 1)
+        if self.labeled_patches is not None:
+            at_least("data.labeled_patches", self.labeled_patches, 1)
         at_least("data.subset_seed", self.subset_seed, 0)
         between("data.memory_gib", self.memory_gib, 0.0, 1e5)
 
@@ -49,14 +53,16 @@ class NetworkConfig:
     base_filters: int = 8
     levels: int = 4
     widening: str = "between"  # within: filters double inside a level (Cicek); between: from level to level
-    dropout: str = "all"  # all: after every convolution but the output's (paper); decoder: the encoder runs once
+    # Monte-Carlo passes share what comes before dropout. all: after every convolution but the output's (paper);
+    # decoder: not in the encoder; last: after the finest decoder level's convolutions alone.
+    dropout: str = "all"
     dropout_rate: float = 0.15
 
     def __post_init__(self) -> None:
         at_least("network.base_filters", self.base_filters, 1)
         between("network.levels", self.levels, 2, 7)
         one_of("network.widening", self.widening, ("within", "between"))
-        one_of("network.dropout", self.dropout, ("all", "decoder"))
+        one_of("network.dropout", self.dropout, ("all", "decoder", "last"))
         between("network.dropout_rate", self.dropout_rate, 0.0, 0.9)
 
 
@@ -127,56 +133,124 @@ class OptimizerConfig:
 
 @dataclass
 class MethodConfig:
-    """What turns teacher outputs into loss terms. A weight is the value its ramp reaches at the last step (Eq 1)."""
+    """What turns unlabelled patches into loss terms. A weight is the value its ramp reaches (Eq 1); those of
+    `loss_sdf` and `loss_reconstruction` are constant."""
 
     name: str = "embedding_matching"
     weight_ua: float = 0.25
     weight_nn: float = 0.125
     weight_en: float = 0.125
     weight_consistency: float = 0.1
+    weight_sdf: float = 0.3  # of DTC's regression of signed distances on labelled patches
+    weight_reconstruction: float = 1.0  # of MTC's, on labelled and unlabelled patches
+    consistency_ramp: float = 1.0  # share of the run over which weight_consistency ramps up
     passes: int = 5  # Monte-Carlo dropout passes of the teacher, M
     teacher_noise_sigma: float = 0.01
     teacher_noise_clip: float | None = None  # None: not clipped
     uncertainty: str = "mean_of_entropies"  # Eq 2; entropy_of_mean is UA-MT's
-    threshold: str = "paper"  # paper: [0.75 + ramp(0.25)] ln C; fixed: value x ln C; quantile: of the slot's entropies
+    # paper: [0.75 + ramp(0.25)] ln C; fixed: value x ln C; quantile: of the slot's entropies; per_class: the paper's,
+    # but never under the quantile of the entropies of a class's own voxels, so that no class is left without any.
+    threshold: str = "paper"
     threshold_value: float = 0.75
     temperature: float = 1.0  # of Eq 4; 1 is the paper's
+    entropy_over: str = "unreliable"  # voxels that L_EN is taken over: those that are matched, or all (Eq 4 as written)
+    mask_gradient: bool = True  # MTC: gradients reach the segmentation through the masks of the reconstruction's target
+    sdf_sharpness: float = 1500.0  # DTC: k of sigmoid(-k z), which turns distances back into a mask
+    sdf_truncation_mm: float | None = None  # DTC: None divides by the patch's largest distance (the paper)
 
     def __post_init__(self) -> None:
         one_of("method", self.name, METHOD_NAMES)
-        for key in ("weight_ua", "weight_nn", "weight_en", "weight_consistency", "teacher_noise_sigma"):
+        weights = [key for key in vars(self) if key.startswith("weight_")]
+        for key in (*weights, "teacher_noise_sigma"):
             between(f"method.{key}", getattr(self, key), 0.0, 1e3)
+        between("method.consistency_ramp", self.consistency_ramp, 0.0, 1.0)
+        between("method.sdf_sharpness", self.sdf_sharpness, 1.0, 1e5)
+        if self.sdf_truncation_mm is not None:
+            between("method.sdf_truncation_mm", self.sdf_truncation_mm, 1e-3, 1e4)
         between("method.passes", self.passes, 1, 64)
         one_of("method.uncertainty", self.uncertainty, ("mean_of_entropies", "entropy_of_mean"))
-        one_of("method.threshold", self.threshold, ("paper", "fixed", "quantile"))
+        one_of("method.threshold", self.threshold, ("paper", "fixed", "quantile", "per_class"))
+        one_of("method.entropy_over", self.entropy_over, ("all", "unreliable"))
         between("method.threshold_value", self.threshold_value, 0.0, 1.0)
         between("method.temperature", self.temperature, 1e-3, 1e3)
 
 
 @dataclass
 class MatchingConfig:
-    """How unreliable voxels find their references."""
+    """How unreliable voxels find their references.
 
-    kind: str = "prototypes"  # prototypes of the slot's own labelled patch (the paper)
+    `prototypes`: all references of the slot's own labelled patch at once (the paper). `index`: the `k` nearest of each
+    class in a bank over all labelled scans, searched by FAISS or torch; the default, by tests/bench/RESULTS.md.
+    """
+
+    kind: str = "index"
+    similarity: str = "cosine"  # euclid: 1 / (1 + distance)
+    reduction: str = "mean"  # how a class's references speak as one: mean, max, or softmax-weighted mean
+    temperature: float = 0.1  # of the softmax-weighted mean
+    k: int = 15  # index: nearest references of each class
+    vote: str = (
+        "score"  # index, the pseudo-label: score: highest class score; majority: of the k nearest of all classes
+    )
+    queries: int | None = 1000  # index: unreliable voxels a slot that are matched, drawn afresh each step; None: all
+    queries_from: str = "student"  # index: whose embeddings give the pseudo-label (the paper: the student's)
+    min_similarity: float | None = None  # a voxel less similar than this to every class is not matched
+    backend: str = "auto"  # faiss, torch
+    index: str = "auto"  # flat: exact; ivf: FAISS's inverted lists, approximate
+    device: str = "auto"  # of the index: cpu, cuda; auto: where the network is
+    placement: str = "replica"  # where Ray's workers search: a copy in each, one a node, or one for all
 
     def __post_init__(self) -> None:
-        one_of("matching", self.kind, ("prototypes",))
+        one_of("matching", self.kind, ("prototypes", "index"))
+        one_of("matching.similarity", self.similarity, ("cosine", "euclid"))
+        one_of("matching.reduction", self.reduction, ("mean", "max", "softmax"))
+        between("matching.temperature", self.temperature, 1e-4, 1e3)
+        between("matching.k", self.k, 1, 2048)  # FAISS's bound on a GPU
+        one_of("matching.vote", self.vote, ("score", "majority"))
+        if self.queries is not None:
+            at_least("matching.queries", self.queries, 1)
+        one_of("matching.queries_from", self.queries_from, ("student", "teacher"))
+        if self.min_similarity is not None:
+            between("matching.min_similarity", self.min_similarity, -1.0, 1.0)
+        one_of("matching.backend", self.backend, ("auto", "faiss", "torch"))
+        one_of("matching.index", self.index, ("auto", "flat", "ivf"))
+        one_of("matching.device", self.device, ("auto", "cpu", "cuda"))
+        one_of("matching.placement", self.placement, ("replica", "per_node", "shared"))
 
 
 @dataclass
 class ReferencesConfig:
-    """References per class: `k` voxels a draw, `draws` fresh draws whose similarity maps are averaged (l)."""
+    """Where references come from.
+
+    For prototypes: `k` voxels per class a draw, `draws` fresh draws whose similarity maps are averaged (l). For the
+    index: `patches` patches of labelled scans, `per_patch` voxels of each, made anew every `every_steps` steps.
+    """
 
     k: int = 16
     draws: int = 5
     # Where the slot's labelled patch shows no surface: scan takes another patch of its scan, none leaves L_NN and L_EN
     # out for the slot (METHOD section 2b).
     without_surface: str = "scan"
+    # Of the bank: surface: in bands just inside and outside objects; random: anywhere; doubt: where the teacher is
+    # least sure, the way queries arise (METHOD trap 10).
+    draw: str = "doubt"
+    balanced: bool = True  # as many references of each class of a patch; false: as often as they occur (not surface)
+    patches: int = 32  # labelled patches embedded for a version, scans and classes in turn
+    per_patch: int = 200
+    max_count: int = 50_000  # hard cap on the references of a version: 6.4 MB at E = 32
+    every_steps: int = 50
+    doubt_passes: int = 0  # Monte-Carlo passes that tell doubt; 0: the entropy of the deterministic pass, far cheaper
+    band_inside_mm: float | None = None  # width of the surface bands; None: one voxel (6 neighbours)
+    band_outside_mm: float | None = None
 
     def __post_init__(self) -> None:
         one_of("references.without_surface", self.without_surface, ("scan", "none"))
-        at_least("references.k", self.k, 1)
-        at_least("references.draws", self.draws, 1)
+        one_of("references.draw", self.draw, ("surface", "random", "doubt"))
+        for name in ("k", "draws", "patches", "per_patch", "max_count", "every_steps"):
+            at_least(f"references.{name}", getattr(self, name), 1)
+        between("references.doubt_passes", self.doubt_passes, 0, 64)
+        for name in ("band_inside_mm", "band_outside_mm"):
+            if getattr(self, name) is not None:
+                between(f"references.{name}", getattr(self, name), 0.0, 1e3)
 
 
 @dataclass
@@ -191,7 +265,11 @@ class TrainConfig:
     validate_every_steps: int | None = None  # None: four looks a run, where there is a val split
     validation_patches: int = 64
     ema_decay: float = 0.99
-    precision: str = "auto"  # auto: bfloat16 on a GPU, float32 on CPU; float64 is for tests
+    # auto: bfloat16 on a GPU that has it, float32 elsewhere. bfloat16 is faster on CPUs with AVX512_BF16 or AMX too;
+    # float64 is for tests.
+    precision: str = "auto"
+    channels_last: bool = False  # maps as channels_last_3d: GPUs' convolutions prefer it
+    compile: bool = False  # torch.compile the networks; the first steps take minutes
     activation_checkpointing: bool = False  # GPU only: recompute maps in the backward pass instead of keeping them
     profile: bool = False  # a trace and a table of a few steps in RUN/profile
     diagnostics: bool = False  # open hidden truth of unlabelled scans to measure matched_accuracy; never trains on it
@@ -271,7 +349,7 @@ class TrainRunConfig:
         one_of("launcher", self.launcher, LAUNCHERS)
         at_least("seed", self.seed, 0)
         require(
-            self.method.name == "supervised" or self.network.dropout_rate > 0,
+            self.method.name in _WITHOUT_TEACHER or self.network.dropout_rate > 0,
             "network.dropout_rate",
             self.network.dropout_rate,
             f"above 0 with method={self.method.name}: its teacher's passes differ by dropout",
@@ -312,10 +390,21 @@ class TrainRunConfig:
 class IngestDataConfig:
     spacing_mm: list[float] | None = None  # Z Y X; None keeps the native spacing
     split: list[float] | None = None  # train, val, test shares, used where the source brings no splits.json
+    # TotalSegmentator's masks, or DICOM's segments and ROIs, that become classes 1, 2, ...; []: take no labels.
+    structures: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.spacing_mm is not None:
             DataConfig(spacing_mm=self.spacing_mm)
+        if self.structures is not None:
+            names = [name.strip() for name in self.structures]
+            require(
+                len(set(names)) == len(names) <= 255 and not {"", "background"} & set(names),
+                "data.structures",
+                self.structures,
+                "at most 255 names, each once, without background",
+                "set data.structures=[hip_left,hip_right]",
+            )
         if self.split is not None:
             require(
                 len(self.split) == 3 and min(self.split) >= 0 and abs(sum(self.split) - 1) < 1e-6,
@@ -374,19 +463,87 @@ class EvaluateConfig:
 
 
 @dataclass
+class LabelRuleConfig:
+    """How a scan is pseudo-labelled: the teacher where it is sure, matching elsewhere."""
+
+    threshold: float | None = None  # nats of entropy from which a voxel is doubtful; None: the run's at T = 0
+    quantile: float | None = None  # in place of it: this quantile of the scan's own entropies
+    min_similarity: float | None = None  # a voxel less similar than this to every class is not matched; None: all are
+    passes: int | None = None  # of the teacher; None: the run's
+    overlap: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            between("label.threshold", self.threshold, 0.0, 100.0)
+        if self.quantile is not None:
+            between("label.quantile", self.quantile, 0.0, 1.0)
+            require(
+                self.threshold is None,
+                "label.threshold",
+                self.threshold,
+                "null with label.quantile: one rule says which voxels are doubtful",
+                "give one of the two",
+            )
+        if self.min_similarity is not None:
+            between("label.min_similarity", self.min_similarity, -1.0, 1.0)
+        if self.passes is not None:
+            between("label.passes", self.passes, 1, 64)
+        between("label.overlap", self.overlap, 0.0, 0.9)
+        at_least("label.seed", self.seed, 0)
+
+
+@dataclass
+class LabelSectionConfig(LabelRuleConfig):
+    """Which scans, how often a failing one is tried, and how many are shown."""
+
+    only: str = "all"  # unlabelled: leave annotated scans out
+    attempts: int = 2
+    review_scans: int = 12  # shown in review.html, the ones to distrust first
+    next_scans: int = 10  # in next_to_label.csv
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("label.only", self.only, ("all", "unlabelled"))
+        for name in ("attempts", "next_scans"):
+            at_least(f"label.{name}", getattr(self, name), 1)
+        at_least("label.review_scans", self.review_scans, 0)
+
+
+@dataclass
+class LabelConfig:
+    """`distseg label`."""
+
+    run: str = MISSING
+    cohort: str = MISSING  # a cohort store, or a folder of images that is read directly
+    output: str = MISSING
+    dry_run: bool = False  # say what it would take, from a measured sample, and write nothing
+    launcher: str = "ray"
+    label: LabelSectionConfig = field(default_factory=LabelSectionConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        one_of("launcher", self.launcher, LAUNCHERS)
+
+
+@dataclass
 class PredictConfig:
     """`distseg predict`."""
 
     run: str = MISSING
     input: str = MISSING
     output: str = MISSING
-    network: str = "student"
-    overlap: float = 0.5
+    by: str = "network"  # network: its argmax, as evaluate; label: the teacher's passes and matching, as distseg label
+    network: str = "student"  # by=network
+    overlap: float = 0.5  # by=network
+    label: LabelRuleConfig = field(default_factory=LabelRuleConfig)  # by=label
     launcher: str = "local"
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        one_of("by", self.by, ("network", "label"))
         one_of("network", self.network, ("student", "teacher"))
         between("overlap", self.overlap, 0.0, 0.9)
         one_of("launcher", self.launcher, LAUNCHERS)
@@ -453,7 +610,7 @@ class BenchmarkConfig:
     run: str = MISSING
     suite: str = "smoke"  # one of conf/suites, or the path of a YAML file
     rows: list[str] | None = None
-    labelled: list[int] | None = None
+    labelled: list[str] | None = None
     seeds: list[int] | None = None
     phase_a_from: str | None = (
         None  # another benchmark's directory, whose phase A is branched from where it is the same

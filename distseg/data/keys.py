@@ -26,6 +26,15 @@ class Purpose(IntEnum):
     TEACHER = 9
     VALIDATION = 10
     DOUBT = 11
+    BANK_PATCH = 12
+    BANK_PASSES = 13
+    BANK_VOXELS = 14
+    BANK_INDEX = 15
+    HEAD_WEIGHTS = 20
+    HEADS = 21
+    LABELLED_PATCHES = 22
+    LABEL = 23  # the teacher's passes over a whole scan
+    NEXT_TO_LABEL = 24
 
 
 def _sequence(seed: int, purpose: Purpose, counters: tuple[int, ...]) -> np.random.SeedSequence:

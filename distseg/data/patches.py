@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ class Placement:
 
     body: npt.NDArray[np.int32]
     foreground: dict[str, npt.NDArray[np.int32]]  # class name -> voxels, of labelled scans
+    intensities: dict[str, FloatArray] = field(default_factory=dict)  # of those voxels, float32 [n], as stored
 
 
 class PatchReader:
@@ -67,6 +68,7 @@ class PatchReader:
                 foreground={
                     n: self._to_run_grid(scan, f.samples) for n, f in scan.foreground.items() if len(f.samples)
                 },
+                intensities={n: f.values for n, f in scan.foreground.items() if len(f.samples)},
             )
         return self._placements[scan_id]
 

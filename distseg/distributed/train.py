@@ -22,7 +22,9 @@ import torch
 from distseg.config.compose import from_plain, to_plain
 from distseg.config.schema import TrainRunConfig
 from distseg.distributed.cluster import connect
+from distseg.distributed.index_service import RayReferences, start_owner
 from distseg.errors import DistsegError
+from distseg.methods import uses_bank
 from distseg.training.checkpoint import newest_step
 from distseg.training.dry_run import DryRun, steps_of_same_run, trial
 from distseg.training.loop import TrainResult, set_threads, train_rank
@@ -47,6 +49,12 @@ def train_on_ray(config: TrainRunConfig) -> TrainResult:
         run, plan = open_run(config)
         resumed_from = newest_step(run.checkpoints)
         cpus = _cpus_per_worker(resources.workers)
+        # Held: the actor lives as long as its handle.
+        _owner = (
+            start_owner(config, run.path / "bank", num_classes=plan.num_classes, scan_ids=plan.labelled)
+            if uses_bank(config)
+            else None
+        )
         trainer = ray.train.torch.TorchTrainer(
             train_fn_per_worker,
             train_loop_config=to_plain(config),
@@ -101,7 +109,7 @@ def train_fn_per_worker(plain: dict[str, Any]) -> None:
     communicator = TorchDistributed()
     if config.resources.gpus_per_worker > 0:
         torch.cuda.set_device(ray.train.torch.get_device())
-    train_rank(config, communicator=communicator, reporter=_RayReporter())
+    train_rank(config, communicator=communicator, reporter=_RayReporter(), make_service=RayReferences)
 
 
 class _RayReporter:

@@ -3,6 +3,7 @@
     model/
       model.json            format, network, classes, spacing, intensity, patch, threshold, the step it is from
       student.safetensors   teacher.safetensors
+      references/           of methods that match: what label matches against, see matching/bank.py
 
 Weights are safetensors and model.json is plain JSON, so a model from a stranger cannot run code here.
 """
@@ -15,6 +16,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from distseg.config.schema import NetworkConfig
+from distseg.config.schema import MatchingConfig, NetworkConfig
 from distseg.data.intensity import Intensity
 from distseg.errors import DataError
+from distseg.matching.bank import Matcher, build_bank_index, load_matcher, save_bank
+from distseg.matching.references import ReferenceTable
 from distseg.networks.unet import UNet3D
 
 FORMAT = 1
 NETWORKS = ("student", "teacher")
+REFERENCES = "references"
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,11 @@ class ModelInfo:
     threshold_nats: float  # the run's reliability threshold at T = 0, for label
     step: int
     checkpoint: str  # last or val: how this step was chosen
+    # How the teacher's passes were made, for label; the defaults are those of models written before it was kept.
+    passes: int = 5
+    teacher_noise_sigma: float = 0.01
+    teacher_noise_clip: float | None = None
+    uncertainty: str = "mean_of_entropies"
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class Model:
 
     info: ModelInfo
     networks: Mapping[str, UNet3D]
+    folder: Path
 
     @property
     def patch_zyx(self) -> tuple[int, int, int]:
@@ -70,6 +81,14 @@ class Model:
     def intensity(self) -> Intensity:
         return self.info.intensity
 
+    @cached_property
+    def matcher(self) -> Matcher | None:
+        """What labels a voxel by references, on the CPU; None for a method without. Raises DataError if damaged."""
+        references = self.folder / REFERENCES
+        if not references.is_dir():
+            return None
+        return load_matcher(references, num_classes=len(self.info.class_names), device=torch.device("cpu"))
+
 
 def build_network(config: NetworkConfig, *, num_classes: int, activation_checkpointing: bool = False) -> UNet3D:
     return UNet3D(
@@ -83,8 +102,18 @@ def build_network(config: NetworkConfig, *, num_classes: int, activation_checkpo
     )
 
 
-def save_model(folder: Path, info: ModelInfo, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Write beside, then swap in, so that a reader finds the old model or the new one. Rank 0 only."""
+def save_model(
+    folder: Path,
+    info: ModelInfo,
+    weights: Mapping[str, Mapping[str, torch.Tensor]],
+    *,
+    references: ReferenceTable | None = None,
+    matching: MatchingConfig | None = None,
+) -> None:
+    """Write beside, then swap in, so that a reader finds the old model or the new one. Rank 0 only.
+
+    `references`, with the `matching` that they serve, go along where the method matches.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -93,6 +122,12 @@ def save_model(folder: Path, info: ModelInfo, weights: Mapping[str, Mapping[str,
         file = partial / f"{name}.safetensors"
         save_file({k: v.detach().float().cpu().contiguous() for k, v in weights[name].items()}, file)
         digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if references is not None and matching is not None:
+        (partial / REFERENCES).mkdir()
+        index = None
+        if matching.kind == "index":
+            index = build_bank_index(references, matching, num_classes=len(info.class_names), seed=0)
+        save_bank(partial / REFERENCES, references, matching, index)
     content = {"format": FORMAT, **dataclasses.asdict(info), "sha256": digests}
     (partial / "model.json").write_text(json.dumps(content, indent=1))
     old = folder.with_name(f".{folder.name}.old")
@@ -127,7 +162,7 @@ def load_model(run: str | Path) -> Model:
         if isinstance(error, DataError):
             raise
         raise DataError(f"unreadable model: {type(error).__name__}: {str(error)[:200]}", where=folder) from error
-    return Model(info, networks)
+    return Model(info, networks, folder)
 
 
 def _info(content: dict[str, Any]) -> ModelInfo:

@@ -22,14 +22,19 @@ def supervised_loss(logits: Tensor, target: Tensor) -> Tensor:
         logits: [B, K, Z, Y, X].
         target: int64 [B, Z, Y, X].
     """
-    cross_entropy = functional.cross_entropy(logits, target, reduction="none").flatten(1).mean(1)
-    return cross_entropy + dice_loss(logits, target)
+    log_p = torch.log_softmax(logits, dim=1)  # once for both
+    cross_entropy = functional.nll_loss(log_p, target, reduction="none").flatten(1).mean(1)
+    return cross_entropy + _one_minus_dice(log_p, target)
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """1 - mean foreground Dice, [B]; shapes as in `supervised_loss`."""
-    foreground = torch.softmax(logits, dim=1)[:, 1:].flatten(2)  # [B, K-1, V]
-    classes = torch.arange(1, logits.shape[1], device=target.device)[None, :, None]
+    return _one_minus_dice(torch.log_softmax(logits, dim=1), target)
+
+
+def _one_minus_dice(log_p: Tensor, target: Tensor) -> Tensor:
+    foreground = log_p[:, 1:].flatten(2).exp()  # [B, K-1, V]
+    classes = torch.arange(1, log_p.shape[1], device=target.device)[None, :, None]
     truth = (target.flatten(1)[:, None] == classes).to(foreground.dtype)  # [B, K-1, V]
     overlap = (foreground * truth).sum(-1)
     total = (foreground * foreground).sum(-1) + truth.sum(-1)

@@ -16,8 +16,8 @@ from torch.nn import functional
 NO_REFERENCES = -1e4
 
 
-def class_prototypes(embeddings: Tensor, reference_index: Tensor) -> Tensor:
-    """Mean of the unit-length embeddings of each class's references: [B, K, E], at most unit length.
+def reference_embeddings(embeddings: Tensor, reference_index: Tensor) -> Tensor:
+    """Each class's references: [B, K, R, E].
 
     Args:
         embeddings: [B, E, Z, Y, X] of the patches the references lie in (the teacher's, deterministic pass).
@@ -26,8 +26,13 @@ def class_prototypes(embeddings: Tensor, reference_index: Tensor) -> Tensor:
     batch, num_classes, count = reference_index.shape
     flat = embeddings.flatten(2)  # [B, E, V]
     index = reference_index.flatten(1)[:, None].expand(-1, flat.shape[1], -1)  # [B, E, K R]
-    references = functional.normalize(flat.gather(2, index), dim=1)
-    return references.view(batch, -1, num_classes, count).mean(3).transpose(1, 2)
+    return flat.gather(2, index).transpose(1, 2).reshape(batch, num_classes, count, -1)
+
+
+def class_prototypes(embeddings: Tensor, reference_index: Tensor) -> Tensor:
+    """Mean of the unit-length embeddings of each class's references: [B, K, E], at most unit length; arguments as
+    `reference_embeddings`."""
+    return functional.normalize(reference_embeddings(embeddings, reference_index), dim=-1).mean(2)
 
 
 def prototype_similarity(queries: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:

@@ -9,21 +9,44 @@ Shapes: K classes, R = draws x k references, Z Y X voxels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 
 
-def surface_bands(label: npt.NDArray[np.integer], num_classes: int) -> list[BoolArray]:
-    """One mask [Z, Y, X] per class: just outside any foreground for class 0, just inside the object for the others."""
+def surface_bands(
+    label: npt.NDArray[np.integer],
+    num_classes: int,
+    *,
+    spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
+    inside_mm: float | None = None,
+    outside_mm: float | None = None,
+) -> list[BoolArray]:
+    """One mask [Z, Y, X] per class: just outside any foreground for class 0, just inside the object for the others.
+
+    A width in mm counts from voxel centre to voxel centre (`spacing_mm` is Z Y X) and includes at least the
+    6-neighbours, which None stands for.
+    """
     foreground = label > 0
-    bands = [_touches(foreground) & ~foreground]
+    bands = [_touches(foreground) & ~foreground | _within(~foreground, outside_mm, spacing_mm)]
     for value in range(1, num_classes):
         mask = label == value
-        bands.append(mask & _touches(~mask))
+        bands.append(mask & _touches(~mask) | _within(mask, inside_mm, spacing_mm))
     return bands
+
+
+def _within(mask: BoolArray, width_mm: float | None, spacing_mm: Sequence[float]) -> BoolArray:
+    """Voxels of `mask` at most `width_mm` from a voxel outside it; none where either side is empty."""
+    if width_mm is None or mask.all() or not mask.any():
+        return np.zeros_like(mask)
+    distance = ndimage.distance_transform_edt(mask, sampling=spacing_mm)
+    near: BoolArray = mask & (distance <= width_mm)
+    return near
 
 
 def _touches(mask: BoolArray) -> BoolArray:

@@ -11,8 +11,8 @@ import torch
 
 from distseg.data.batch import Batch
 from distseg.losses.consistency import consistency_loss
-from distseg.losses.schedules import ramp_up
 from distseg.methods.base import At, Method, Targets, Terms, share
+from distseg.networks.best_class import best_class
 from distseg.networks.stochastic import Generators
 from distseg.networks.unet import NetworkOutput, UNet3D
 
@@ -21,7 +21,7 @@ class MeanTeacher(Method):
     """One stochastic teacher pass a step; consistency on unlabelled patches only."""
 
     def weights(self, at: At) -> dict[str, float]:
-        return {"consistency": ramp_up(at.step, at.total_steps, self.config.weight_consistency)}
+        return {"consistency": self.consistency_weight(at)}
 
     @property
     def teacher_passes(self) -> int:
@@ -29,10 +29,11 @@ class MeanTeacher(Method):
 
     @torch.no_grad()
     def teach(self, teacher: UNet3D, batch: Batch, at: At, generators: Generators | None) -> Targets:
-        logits = self.stochastic_passes(teacher, batch, generators)
-        return Targets(logits=logits[0])
+        with torch.inference_mode():
+            logits = self.stochastic_passes(teacher, batch, generators)
+        return Targets(logits=logits[0].clone())  # made outside, so that the student's backward pass may keep it
 
     def terms(self, output: NetworkOutput, targets: Targets) -> Terms:
         assert targets.logits is not None, "teach fills it in"
         loss = consistency_loss(output.logits, targets.logits)
-        return Terms({"consistency": loss}, {"foreground_pseudo": share(targets.logits.argmax(1) > 0)})
+        return Terms({"consistency": loss}, {"foreground_pseudo": share(best_class(targets.logits) > 0)})

@@ -14,6 +14,7 @@ from distseg.losses.consistency import consistency_loss
 from distseg.methods.base import At, Targets, Terms, share
 from distseg.methods.mean_teacher import MeanTeacher
 from distseg.methods.uncertainty import reliable_voxels, uncertainty_and_label
+from distseg.networks.best_class import best_class
 from distseg.networks.stochastic import Generators
 from distseg.networks.unet import NetworkOutput, UNet3D
 
@@ -27,10 +28,12 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
 
     @torch.no_grad()
     def teach(self, teacher: UNet3D, batch: Batch, at: At, generators: Generators | None) -> Targets:
-        passes = self.stochastic_passes(teacher, batch, generators)
-        entropy, label = uncertainty_and_label(passes[1:], uncertainty=self.config.uncertainty)
-        reliable, threshold = reliable_voxels(entropy, self.config, at=at, num_classes=self.num_classes)
-        return Targets(label=label, reliable=reliable, logits=passes[0], threshold_nats=threshold)
+        with torch.inference_mode():
+            passes = self.stochastic_passes(teacher, batch, generators)
+            entropy, label = uncertainty_and_label(passes[1:], uncertainty=self.config.uncertainty)
+            reliable, threshold = reliable_voxels(entropy, label, self.config, at=at, num_classes=self.num_classes)
+        # Clones made outside inference mode, so that the student's backward pass may keep them.
+        return Targets(reliable=reliable.clone(), logits=passes[0].clone(), threshold_nats=threshold.clone())
 
     def terms(self, output: NetworkOutput, targets: Targets) -> Terms:
         assert targets.logits is not None, "teach fills it in"
@@ -38,6 +41,6 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
         loss = consistency_loss(output.logits, targets.logits, targets.reliable)
         shares = {
             "coverage_reliable": share(targets.reliable),
-            "foreground_pseudo": share(targets.logits.argmax(1) > 0),
+            "foreground_pseudo": share(best_class(targets.logits) > 0),
         }
         return Terms({"consistency": loss}, shares)

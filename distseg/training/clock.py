@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-
-from distseg.networks.unet import UNet3D
+from torch import nn
 
 Result = TypeVar("Result")
 
@@ -21,6 +20,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._stopped = False
+        self._in_network = False
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -48,15 +48,22 @@ class Clock:
             yield
             self._seconds[name] += time.perf_counter() - begun
 
-    def watch(self, network: UNet3D) -> None:
-        """Count every forward pass of `network` under "network", whoever asks for it."""
-        for name in ("encode", "decode"):
+    def watch(self, network: nn.Module, *passes: str) -> None:
+        """Count every call of these methods of `network` under "network", whoever asks for it; a part of another one
+        once."""
+        for name in passes:
             setattr(network, name, self._timed(getattr(network, name)))
 
     def _timed(self, method: Callable[..., Result]) -> Callable[..., Result]:
         def timed(*args: Any) -> Result:
-            with self.section("network"):
+            if self._in_network:
                 return method(*args)
+            self._in_network = True
+            try:
+                with self.section("network"):
+                    return method(*args)
+            finally:
+                self._in_network = False
 
         return timed
 

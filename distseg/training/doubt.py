@@ -22,6 +22,7 @@ from distseg.data.keys import Purpose, generator
 from distseg.data.patches import PatchReader
 from distseg.data.slots import Centre
 from distseg.losses.entropy import entropy_nats
+from distseg.networks.best_class import best_class
 from distseg.networks.unet import UNet3D
 from distseg.training.reduce import Communicator
 from distseg.training.run import write_atomic
@@ -78,7 +79,7 @@ class DoubtCentres:
             images = np.stack([self._reader.image(scan_id, start, self._size) for scan_id, start in placed])
             logits = teacher(torch.from_numpy(images)[:, None].to(device, dtype)).logits.float()
             unsure = entropy_nats(logits, dim=1) > UNSURE * math.log(logits.shape[1])
-            worth = (unsure | (logits.argmax(1) > 0)).cpu().numpy()
+            worth = (unsure | (best_class(logits) > 0)).cpu().numpy()
             for number, (_, start), mask in zip(numbers, placed, worth, strict=True):
                 voxels = np.argwhere(mask)
                 if len(voxels):

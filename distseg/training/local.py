@@ -9,6 +9,7 @@ import torch
 
 from distseg.config.schema import TrainRunConfig
 from distseg.errors import ConfigError, DistsegError
+from distseg.training.compiled import check_compiler
 from distseg.training.loop import TrainResult, set_threads, train_rank
 from distseg.training.progress import TerminalReporter
 from distseg.training.reduce import Communicator, SingleProcess, TorchDistributed
@@ -33,6 +34,7 @@ def train_local(config: TrainRunConfig) -> TrainResult:
             rule=f"at most train.batch_size = {config.train.batch_size}",
         )
     wants_gpu(config)  # before anything is written
+    check_compiler(config)
     cores = len(os.sched_getaffinity(0))
     set_threads(config, max(1, cores // world_size))
     if world_size == 1:

@@ -93,6 +93,8 @@ class StepLog:
             "time_network_s": sections.get("network", 0.0) / count,
             "time_matching_s": sections.get("matching", 0.0) / count,
         }
+        if "bank" in sections:  # making a version, its network passes included
+            times["time_bank_s"] = sections["bank"] / count
         self._since, self._waited_s = now, 0.0
         pending, self._pending = self._pending, []
         for at, names, values, scan_ids, extra in pending:

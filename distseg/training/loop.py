@@ -13,7 +13,18 @@ from distseg.config.schema import TrainRunConfig
 from distseg.inference.model import ModelInfo, save_model
 from distseg.losses.schedules import threshold_nats
 from distseg.methods.base import At
-from distseg.training.checkpoint import Checkpoint, checkpoint_dir, load_checkpoint, prune_checkpoints, save_checkpoint
+from distseg.networks.ema import make_teacher
+from distseg.networks.unet import PASSES
+from distseg.training.bank import MakeReferenceService
+from distseg.training.bank_folder import LocalReferences
+from distseg.training.checkpoint import (
+    Checkpoint,
+    checkpoint_dir,
+    load_checkpoint,
+    oldest_step,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from distseg.training.clock import Clock
 from distseg.training.log import Reporter, StepLog
 from distseg.training.profile import StepProfiler
@@ -38,12 +49,18 @@ class TrainResult:
     last: dict[str, Any]  # the last line of metrics.jsonl
 
 
-def train_rank(config: TrainRunConfig, *, communicator: Communicator, reporter: Reporter) -> TrainResult:
+def train_rank(
+    config: TrainRunConfig,
+    *,
+    communicator: Communicator,
+    reporter: Reporter,
+    make_service: MakeReferenceService = LocalReferences,
+) -> TrainResult:
     """Train to the last step on this rank's slots, from the newest checkpoint. A collective: all ranks must call.
 
     `open_run` has been called by rank 0 or the driver.
     """
-    session = start_session(config, communicator)
+    session = start_session(config, communicator, make_service)
     leads = communicator.rank == 0
     if leads:
         session.run.cut_metrics(session.first_step - 1)
@@ -62,8 +79,10 @@ def train_session(session: Session, communicator: Communicator, reporter: Report
     config, learner, device = session.config, session.learner, session.device
     leads, total = communicator.rank == 0, config.train.steps
     clock = Clock(device)
-    clock.watch(learner.student)
-    clock.watch(learner.teacher)
+    clock.watch(learner.student, *PASSES)
+    clock.watch(learner.teacher, *PASSES)
+    if learner.heads is not None:
+        clock.watch(learner.heads, "forward")
     log = StepLog(
         session.run,
         method=session.method,
@@ -77,6 +96,8 @@ def train_session(session: Session, communicator: Communicator, reporter: Report
     looks = _Looks.of(session, communicator)
     if session.doubt and config.train.init_from is not None and session.first_step == 1:
         session.doubt.refresh_after(0, learner.teacher, device, session.dtype)
+    if session.banks:
+        session.banks.start(session.first_step, learner.teacher)
     profiler = StepProfiler(session.run.path / "profile", enabled=config.train.profile and leads)
     with profiler, closing(session.feed.ahead(session.first_step, total)) as batches, closing(log):
         for step in range(session.first_step, total + 1):
@@ -92,20 +113,33 @@ def train_session(session: Session, communicator: Communicator, reporter: Report
                 communicator=communicator,
                 clock=clock,
             )
+            extra = _refresh_bank(session, step, clock)
             with log.pausing():
                 validated = looks.due(step) if looks else {}
                 if session.doubt:
                     session.doubt.refresh_after(step, learner.teacher, device, session.dtype)
-            log.add(At(step, total), logged, batch.scan_ids, validated)
+            log.add(At(step, total), logged, batch.scan_ids, {**extra, **validated})
             with log.pausing():
                 profiler.step()
             if step % config.checkpoint.every_steps == 0 or step == total or _to_keep(session, validated):
                 log.flush()
                 with log.pausing():
+                    if session.banks:
+                        session.banks.settle(step)
                     if leads:
                         _checkpoint(session, step)
                     communicator.barrier()
                     reporter.checkpoint(step)
+
+
+def _refresh_bank(session: Session, step: int, clock: Clock) -> dict[str, float]:
+    """The age of the bank that served `step`; and the next version, where one is due. All ranks must call."""
+    if session.banks is None:
+        return {}
+    age = step - session.banks.serving(step).step
+    with clock.section("bank"):
+        session.banks.refresh_after(step, session.learner.teacher)
+    return {"bank_age_steps": age}
 
 
 def _set_lr(session: Session, step: int) -> None:
@@ -164,11 +198,14 @@ def _checkpoint(session: Session, step: int) -> None:
         student=learner.student.state_dict(),
         teacher=learner.teacher.state_dict(),
         optimizer=learner.optimizer.state_dict(),
+        heads={} if learner.heads is None else learner.heads.state_dict(),
     )
     save_checkpoint(session.run.checkpoints, checkpoint)
     best = _best_step(session.run) if session.config.train.select == "val" else None
     spare = {best} if best is not None else set()
     prune_checkpoints(session.run.checkpoints, keep=session.config.checkpoint.keep, spare=spare)
+    if session.banks:
+        session.banks.prune(oldest_step(session.run.checkpoints))
 
 
 def _best_step(run: RunDirectory) -> int | None:
@@ -195,8 +232,23 @@ def _write_model(session: Session) -> None:
         threshold_nats=threshold_nats(0, config.train.steps, plan.num_classes),
         step=step,
         checkpoint=config.train.select,
+        passes=config.method.passes,
+        teacher_noise_sigma=config.method.teacher_noise_sigma,
+        teacher_noise_clip=config.method.teacher_noise_clip,
+        uncertainty=config.method.uncertainty,
     )
-    save_model(session.run.model, info, {"student": chosen.student, "teacher": chosen.teacher})
+    references = None
+    if session.references is not None:
+        teacher = make_teacher(session.learner.teacher)
+        teacher.load_state_dict(chosen.teacher)
+        references = session.references.table(teacher, version=step, step=step)
+    save_model(
+        session.run.model,
+        info,
+        {"student": chosen.student, "teacher": chosen.teacher},
+        references=references,
+        matching=config.matching,
+    )
 
 
 def set_threads(config: TrainRunConfig, cores: int) -> None:

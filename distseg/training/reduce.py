@@ -63,7 +63,8 @@ class FlatGradients:
         self._buffer = torch.zeros(total + LOGGED_CAPACITY, dtype=first.dtype, device=first.device)
         offset = 0
         for parameter in parameters:
-            parameter.grad = self._buffer[offset : offset + parameter.numel()].view_as(parameter)
+            # With the parameter's own strides: fused optimizers walk both in the order they lie in memory.
+            parameter.grad = self._buffer.as_strided(parameter.shape, parameter.stride(), offset)
             offset += parameter.numel()
         self._tail = self._buffer[total:]
 

@@ -4,6 +4,7 @@ RUN/
   config.yaml      resolved config and plan, its identity hash, versions of what ran
   metrics.jsonl    one line a step; cut back to the checkpoint on resume
   checkpoints/     see training/checkpoint.py
+  bank/            with matching=index, see training/bank.py
   model/           see inference/model.py
 """
 

@@ -9,20 +9,27 @@ import torch
 
 from distseg.config.schema import TrainRunConfig
 from distseg.data.cohort import Cohort
-from distseg.data.keys import Purpose, torch_seed
+from distseg.data.lattice import LabelledPatches
 from distseg.data.patches import PatchReader
 from distseg.data.slots import SlotSampler
 from distseg.errors import ConfigError
-from distseg.inference.model import build_network
-from distseg.methods import make_method
+from distseg.methods import make_method, uses_bank
 from distseg.methods.base import Method
 from distseg.networks.ema import make_teacher
+from distseg.training.allocator import keep_large_buffers
+from distseg.training.bank import Banks, MakeReferenceService
+from distseg.training.bank_builder import ReferenceBuilder
+from distseg.training.bank_folder import BankFolder, LocalReferences
 from distseg.training.checkpoint import Checkpoint, load_newest
+from distseg.training.compiled import check_compiler, compile_network
 from distseg.training.doubt import DoubtCentres
-from distseg.training.feed import Feed
+from distseg.training.feed import DistanceMaps, Feed
+from distseg.training.optimizer import make_optimizer
 from distseg.training.plan import Plan, make_plan
+from distseg.training.precision import resolved_precision
 from distseg.training.reduce import Communicator, FlatGradients
 from distseg.training.run import RunDirectory
+from distseg.training.start import new_networks, take_over
 from distseg.training.step import Learner, StepSettings
 from distseg.training.trackers import require_trackers
 
@@ -41,6 +48,8 @@ class Session:
     reader: PatchReader
     feed: Feed
     doubt: DoubtCentres | None
+    banks: Banks | None
+    references: ReferenceBuilder | None  # of methods that match
     settings: StepSettings
     device: torch.device
     dtype: torch.dtype
@@ -61,46 +70,41 @@ def open_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:
         return run, stored.plan
     parent = _parent(config)
     plan = make_plan(config, Cohort.open(config.cohort), parent=parent)
+    make_method(config, num_classes=plan.num_classes)  # refuses what it cannot serve before a directory is made
     run.create(config, plan)
     return run, plan
 
 
-def start_session(config: TrainRunConfig, communicator: Communicator) -> Session:
-    """Build this rank's side of a run that `open_run` has opened."""
+def start_session(
+    config: TrainRunConfig, communicator: Communicator, make_service: MakeReferenceService = LocalReferences
+) -> Session:
+    """Build this rank's side of a run that `open_run` has opened. `make_service`: where a bank's versions come from."""
     run = RunDirectory(config.run)
     stored = run.stored()
     if stored is None:
         raise RuntimeError("open_run comes first")  # an invariant of the launchers
     plan = stored.plan
     device = torch.device("cuda", torch.cuda.current_device()) if wants_gpu(config) else torch.device("cpu")
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
+    if device.type == "cpu":
+        keep_large_buffers()
+    precision = resolved_precision(config.train.precision, device)
     dtype = _DTYPES[precision]
-    torch.manual_seed(torch_seed(config.seed, Purpose.INITIAL_WEIGHTS))
-    student = build_network(
-        config.network,
-        num_classes=plan.num_classes,
-        activation_checkpointing=config.train.activation_checkpointing,
-    ).to(device=device, dtype=dtype)
-    optimizer = torch.optim.Adam(
-        student.parameters(),
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-        fused=True,
-    )
+    student, heads = new_networks(config, make_method(config, num_classes=plan.num_classes), device=device, dtype=dtype)
+    optimizer = make_optimizer([*student.parameters(), *(heads.parameters() if heads else ())], config.optimizer)
     teacher = make_teacher(student)
+    learner = Learner(student.train(), teacher, optimizer, FlatGradients(optimizer.param_groups[0]["params"]), heads)
     checkpoint, branched = _where_it_left_off(config, run)
     first_step, offset = 1, 0
     if checkpoint is not None:
-        student.load_state_dict(checkpoint.student)
-        teacher.load_state_dict(checkpoint.student if branched else checkpoint.teacher)
-        optimizer.load_state_dict(checkpoint.optimizer)
+        take_over(learner, checkpoint, branched=branched)
         for group in optimizer.param_groups:
             group["betas"] = tuple(config.optimizer.betas)  # this run's, not those of the run it branches from
         first_step = 1 if branched else checkpoint.step + 1
         offset = checkpoint.schedule_step - (0 if branched else checkpoint.step)
-    method = make_method(config, num_classes=plan.num_classes)
+    if config.train.compile:
+        check_compiler(config)
+        for network in (student, teacher):
+            compile_network(network)
     cohort = Cohort.open(config.cohort)
     reader = PatchReader(
         cohort,
@@ -108,16 +112,42 @@ def start_session(config: TrainRunConfig, communicator: Communicator) -> Session
         intensity=plan.intensity,
         memory_nbytes=int(config.data.memory_gib * 2**30),
     )
+    builder = ReferenceBuilder(
+        config,
+        reader,
+        labelled=plan.labelled,
+        patches=plan.patches,
+        spacing_mm=plan.spacing_mm,
+        num_classes=plan.num_classes,
+        device=device,
+        dtype=dtype,
+    )
+    banks = None
+    if uses_bank(config):
+        service = make_service(
+            BankFolder(run.path / "bank", config, num_classes=plan.num_classes),
+            config=config,
+            scan_ids=plan.labelled,
+            num_classes=plan.num_classes,
+            width=student.embedding_width,
+            communicator=communicator,
+            device=device,
+        )
+        banks = Banks(builder, service, every_steps=config.references.every_steps, communicator=communicator)
+    serving = {"bank_of": banks.serving} if banks else {}
+    method = make_method(config, num_classes=plan.num_classes, **serving)
     doubt = _doubt(config, plan, run, reader, communicator) if method.uses_unlabelled else None
     return Session(
         config=config,
         plan=plan,
         run=run,
-        learner=Learner(student.train(), teacher, optimizer, FlatGradients(student.parameters())),
+        learner=learner,
         method=method,
         reader=reader,
         feed=_feed(config, plan, cohort, reader, method, communicator, doubt),
         doubt=doubt,
+        banks=banks,
+        references=builder if config.method.name == "embedding_matching" else None,
         settings=_settings(config, device, precision),
         device=device,
         dtype=dtype,
@@ -147,11 +177,13 @@ def _feed(
     communicator: Communicator,
     doubt: DoubtCentres | None,
 ) -> Feed:
+    size = config.sampling.patch_zyx
     sampler = SlotSampler(
         reader,
         labelled=plan.labelled,
         unlabelled=plan.unlabelled,
-        patch_zyx=config.sampling.patch_zyx,
+        patch_zyx=size,
+        patches=LabelledPatches(reader, plan.patches, size) if plan.patches else None,
         foreground_share=config.sampling.foreground_share,
         augmentation=plan.augmentation(config),
         seed=config.seed,
@@ -164,7 +196,9 @@ def _feed(
         slots=tuple(range(communicator.rank, config.train.batch_size, communicator.world_size)),
         num_classes=plan.num_classes,
         references=config.references if method.needs_references else None,
+        spacing_mm=plan.spacing_mm,
         needs_unlabelled=method.uses_unlabelled,
+        distances=DistanceMaps(plan.spacing_mm, config.method.sdf_truncation_mm) if method.needs_distances else None,
         truth_of=annotated if config.train.diagnostics else frozenset(),
     )
 

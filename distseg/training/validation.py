@@ -11,6 +11,7 @@ from distseg.data.augment import Augmentation
 from distseg.data.keys import Purpose, generator
 from distseg.data.patches import PatchReader
 from distseg.data.slots import SlotSampler
+from distseg.networks.best_class import best_class
 from distseg.networks.unet import UNet3D
 from distseg.training.reduce import Communicator
 
@@ -62,7 +63,7 @@ class ValidationPatches:
         was_training = network.training
         network.eval()
         for image, target in self._batches:
-            predicted = network(image.to(device, dtype)).logits.argmax(1)
+            predicted = best_class(network(image.to(device, dtype)).logits)
             truth = target.to(device)
             for value in range(1, self._num_classes):
                 ours, theirs = predicted == value, truth == value

@@ -20,10 +20,12 @@ import yaml
 
 from distseg.config.compose import RECIPE, flatten, identity, recipe_hash, train_config
 from distseg.config.schema import BenchmarkConfig
+from distseg.config.subsets import Name
 from distseg.config.suites import Suite, load_suite
 from distseg.data.cohort import Cohort
 from distseg.errors import ConfigError, DataError, InputError, RunMismatchError
 from distseg.evaluation.compare import detectable_effect
+from distseg.methods import make_method
 from distseg.training.plan import choose_labelled, make_plan
 from distseg.training.run import RunDirectory, write_atomic
 from distseg.work.benchmark_cells import Cell, make_cells
@@ -40,7 +42,7 @@ class Benchmark:
     cohort: Cohort
     phase_a: list[Cell]
     phase_b: list[Cell]
-    subsets: Mapping[int, tuple[str, ...]]
+    subsets: Mapping[Name, tuple[str, ...]]
     scans: tuple[str, ...]
     borrowed: bool  # phase A is another benchmark's
     record: Mapping[str, Any]  # of benchmark.yaml
@@ -49,6 +51,11 @@ class Benchmark:
     def comparisons(self) -> int:
         """Paired tests on one metric: Holm's family."""
         return sum(ours != theirs for ours in self.suite.compare for theirs in self.suite.against)
+
+    @property
+    def titles(self) -> dict[Name, str]:
+        """The subsets that run, in words."""
+        return {name: self.suite.subsets[name].title(name) for name in self.suite.labelled}
 
     @property
     def detectable_sd(self) -> float:
@@ -63,13 +70,15 @@ def prepare(config: BenchmarkConfig) -> Benchmark:
     cohort = Cohort.open(config.cohort)
     run = Path(config.run)
     stored = _stored(run, whole, config, cohort)
-    subsets = {count: _labelled(whole, count, cohort, stored) for count in suite.labelled}
+    subsets = {name: _labelled(whole, name, cohort, stored) for name in suite.labelled}
     phase_a, phase_b = make_cells(suite, config, subsets=subsets)
     _check_recipes(suite, phase_b)
     scans = _scans(suite, cohort)
     for cell in phase_a:
         if cell.seed == suite.seeds[0]:  # the seed decides nothing about the data
-            make_plan(cell.config, cohort)
+            _check_plan(cell, suite, cohort)
+    for cell in phase_b:
+        make_method(cell.config, num_classes=len(cohort.class_names))
     borrowed = config.phase_a_from is not None
     _check_runs(phase_a, phase_b, borrowed=borrowed)
     benchmark = Benchmark(suite, cohort, phase_a, phase_b, subsets, scans, borrowed, {})
@@ -135,20 +144,35 @@ def _digest(cohort: Cohort) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _labelled(suite: Suite, count: int, cohort: Cohort, stored: Mapping[str, Any] | None) -> tuple[str, ...]:
+def _labelled(suite: Suite, name: Name, cohort: Cohort, stored: Mapping[str, Any] | None) -> tuple[str, ...]:
     """Ids of the subset: fixed when it first ran, named by the suite, or drawn."""
-    before = (stored or {}).get("subsets", {}).get(count)
+    before = (stored or {}).get("subsets", {}).get(name)
     if before is not None:
         return tuple(before)
-    subset = suite.subsets[count]
-    where = f"suite {suite.name}: subsets.{count}"
+    subset = suite.subsets[name]
+    if subset.of is not None:
+        return _labelled(suite, subset.of, cohort, stored)
     training = [r for r in cohort.records if r.split in (None, "train") and r.labelled]
-    chosen: dict[str, Any] = {"data.labeled_scans": count, "data.subset_seed": subset.subset_seed or 0}
+    chosen: dict[str, Any] = {}  # all there are
     if subset.ids is not None:
         chosen = {"data.labeled_ids": list(subset.ids)}
+    elif subset.subset_seed is not None:
+        chosen = {"data.labeled_scans": name, "data.subset_seed": subset.subset_seed}
     try:
         return choose_labelled(train_config(cohort="", run="", overrides=chosen), cohort, training)
     except ConfigError as error:
+        where = f"suite {suite.name}: subsets.{name}"
+        raise ConfigError(error.what, where=where, value=error.value, rule=error.rule) from None
+
+
+def _check_plan(cell: Cell, suite: Suite, cohort: Cohort) -> None:
+    """The cohort can serve what the subset asks for."""
+    try:
+        make_plan(cell.config, cohort)
+    except ConfigError as error:
+        if error.where != "data.labeled_patches":
+            raise
+        where = f"suite {suite.name}: subsets.{cell.labelled}.patches"
         raise ConfigError(error.what, where=where, value=error.value, rule=error.rule) from None
 
 
@@ -215,6 +239,6 @@ def _record(
         "phase_a_from": config.phase_a_from,
         "evaluated_scans": len(benchmark.scans),
         "detectable_effect_sd": round(dataclasses.replace(benchmark, suite=suite).detectable_sd, 4),
-        "subsets": dict(sorted(subsets.items())),
+        "subsets": {name: subsets[name] for name in suite.subsets if name in subsets},
         "suite": suite.content(),
     }

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from distseg.errors import DataError
-from distseg.methods import make_method
+from distseg.methods import passes_per_step
 from distseg.training.run import RunDirectory
 from distseg.work.benchmark_cells import Cell
 
@@ -95,6 +95,6 @@ class BenchmarkProgress:
 
 
 def _passes_a_step(cell: Cell) -> float:
-    """Forward passes a slot: a backward counts as two."""
-    method = make_method(cell.config, num_classes=2)
-    return 3.0 + (3.0 if method.uses_unlabelled else 0.0) + method.teacher_passes
+    """Forward passes a slot: a backward counts as two, an auxiliary decoder as half a network, both ways."""
+    passes = passes_per_step(cell.config)
+    return passes.forward + 2.0 * passes.backward + 1.5 * passes.decoders

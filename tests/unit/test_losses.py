@@ -14,6 +14,8 @@ from distseg.config.schema import MethodConfig
 from distseg.losses.consistency import consistency_loss
 from distseg.losses.entropy import entropy_nats
 from distseg.losses.masked_mean import masked_mean
+from distseg.losses.reconstruction import reconstruction_loss, unit_window
+from distseg.losses.signed_distance import distance_loss, dual_task_loss
 from distseg.losses.similarity_entropy import similarity_entropy
 from distseg.losses.supervised import dice_loss, supervised_loss
 from distseg.methods.base import At
@@ -260,3 +262,63 @@ def test_consistency_is_ua_mts_formula(seed: int, num_classes: int) -> None:
     assert target.grad is None
     everywhere = consistency_loss(student, target, torch.ones_like(mask))
     torch.testing.assert_close(everywhere, consistency_loss(student, target), rtol=0, atol=1e-15)
+
+
+# L_R, L_sdf and L_c of MTC and DTC
+
+
+def test_reconstruction_by_hand() -> None:
+    """Half the voxels foreground: w = .5 for both. Reconstructions .5 everywhere; image 1 on foreground, .2 elsewhere.
+    Foreground's target is 1 there and 0 elsewhere: mean of .25 is .25. Background's is 0 there and .2 elsewhere: mean
+    of .25 and .09 is .17. L_R = .5 x .25 + .5 x .17 = .21."""
+    foreground = torch.tensor([1.0] * 4 + [0.0] * 4, dtype=F64)
+    probability = torch.stack([1 - foreground, foreground]).reshape(1, 2, *CUBE)
+    image = torch.where(foreground > 0, 1.0, 0.2).double().reshape(1, 1, *CUBE)
+    loss = reconstruction_loss(torch.zeros(1, 2, *CUBE, dtype=F64), image, probability)
+    assert loss.tolist() == pytest.approx([0.21])
+    assert unit_window(torch.tensor([-9.0, -3.0, 0.0, 1.5, 4.0])).tolist() == [0.0, 0.0, 0.5, 0.75, 1.0]
+
+
+def test_the_weight_of_a_class_takes_no_gradient() -> None:
+    """Perfect reconstructions leave no gradient in the masks, though their sizes are the weights."""
+    logits = random_logits(3, 2, 3, *CUBE).requires_grad_()
+    probability = torch.softmax(logits, 1)
+    image = unit_window(random_logits(4, 2, 1, *CUBE))
+    perfect = torch.logit((probability * image).detach())
+    (gradient,) = torch.autograd.grad(reconstruction_loss(perfect, image, probability).sum(), logits)
+    assert float(gradient.abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_mtc_and_dtc_are_their_loops(num_classes: int) -> None:
+    logits, raw = random_logits(5, 2, num_classes, *CUBE), random_logits(6, 2, num_classes, *CUBE)
+    image, p = unit_window(random_logits(7, 2, 1, *CUBE)), torch.softmax(logits, 1)
+    distance, target = torch.tanh(raw[:, 1:]) / 100, torch.tanh(random_logits(8, 2, num_classes - 1, *CUBE))
+    places = [(z, y, x) for z in range(2) for y in range(2) for x in range(2)]
+    for slot in range(2):
+        expected = {"reconstruction": 0.0, "sdf": 0.0, "consistency": 0.0}
+        for c in range(num_classes):
+            weight = sum(float(p[slot, c][at]) for at in places) / 8
+            for at in places:
+                covered = float(p[slot, c][at]) * float(image[slot, 0][at])
+                error = 1 / (1 + math.exp(-float(raw[slot, c][at]))) - covered
+                expected["reconstruction"] += weight * error**2 / 8
+                if c > 0:
+                    z = float(distance[slot, c - 1][at])
+                    expected["sdf"] += (z - float(target[slot, c - 1][at])) ** 2 / (8 * (num_classes - 1))
+                    mask = 1 / (1 + math.exp(1500 * z))
+                    expected["consistency"] += (mask - float(p[slot, c][at])) ** 2 / (8 * (num_classes - 1))
+        assert reconstruction_loss(raw, image, p)[slot].item() == pytest.approx(expected["reconstruction"])
+        assert distance_loss(distance, target)[slot].item() == pytest.approx(expected["sdf"])
+        ours = dual_task_loss(logits, distance, sharpness=1500.0)[slot].item()
+        assert ours == pytest.approx(expected["consistency"])
+
+
+def test_dual_task_loss_is_finite_far_from_the_boundary() -> None:
+    logits = torch.zeros(1, 2, *CUBE, requires_grad=True)
+    for value in (-1.0, 1.0):
+        distance = torch.full((1, 1, *CUBE), value, requires_grad=True)
+        loss = dual_task_loss(logits, distance, sharpness=1500.0)
+        assert loss.item() == pytest.approx(0.25)  # a half against a 0 or a 1
+        gradients = torch.autograd.grad(loss.sum(), [logits, distance])
+        assert all(bool(torch.isfinite(g).all()) for g in gradients)

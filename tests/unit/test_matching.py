@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor
 
-from distseg.config.schema import MethodConfig
+from distseg.config.schema import MatchingConfig, MethodConfig
 from distseg.data.keys import Purpose, generator
 from distseg.losses.similarity_entropy import similarity_entropy
 from distseg.matching.prototypes import NO_REFERENCES, class_prototypes, prototype_similarity
@@ -69,6 +69,22 @@ def test_uniform_patches_have_no_surface(value: int) -> None:
     assert index.tolist() == [[0] * 6] * 2
     assert present.tolist() == [False, False]
     assert not has_surface(present)
+
+
+@given(seed=st.integers(0, 10_000), inside=st.floats(0.5, 9), outside=st.floats(0.5, 9))
+def test_bands_in_mm_are_brute_force(seed: int, inside: float, outside: float) -> None:
+    """Voxels at most so far, centre to centre, from the other side; and the 6-neighbours in any case."""
+    spacing = (3.0, 1.0, 2.0)
+    label = random_label(seed, 2, (4, 5, 4))
+    points = np.argwhere(np.ones_like(label)) * spacing
+    distance = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    mask = label.ravel() > 0
+    bands = surface_bands(label, 2, spacing_mm=spacing, inside_mm=inside, outside_mm=outside)
+    for band, one_voxel, side, width in zip(
+        bands, surface_bands(label, 2), (~mask, mask), (outside, inside), strict=True
+    ):
+        near = side & (distance[:, ~side].min(1, initial=np.inf) <= width)
+        assert np.array_equal(band.ravel(), near | one_voxel.ravel())
 
 
 def test_touching_classes_have_an_inner_band_towards_each_other() -> None:
@@ -154,11 +170,12 @@ def test_eq_3_by_hand() -> None:
     targets = Targets(
         label=torch.ones(1, *CUBE, dtype=torch.long),
         reliable=torch.tensor([True] * 4 + [False] * 4).reshape(1, *CUBE),
-        prototypes=prototypes,
+        references=prototypes,
         present=present,
         hidden=torch.tensor([0, 0, 0, 0, 0, 1, 1, -1]).reshape(1, *CUBE),
     )
-    terms = EmbeddingMatching(MethodConfig(), num_classes=2).terms(NetworkOutput(logits, queries), targets)
+    method = EmbeddingMatching(MethodConfig(), num_classes=2, matching=MatchingConfig(), draws=1)
+    terms = method.terms(NetworkOutput(logits, queries), targets)
     losses = {name: value.item() for name, value in terms.losses.items()}
     assert losses == pytest.approx({"ua": 0.693147, "nn": 0.748933, "en": 0.643961}, abs=1e-6)
     shares = {name: (s.part.item(), s.whole.item()) for name, s in terms.shares.items()}

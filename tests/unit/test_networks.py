@@ -13,6 +13,8 @@ from distseg.config.compose import train_config
 from distseg.data.keys import Purpose, torch_generators
 from distseg.errors import ConfigError
 from distseg.inference.model import build_network
+from distseg.networks import stochastic
+from distseg.networks.best_class import best_class
 from distseg.networks.dropout import KeyedDropout, dropout_active, keyed
 from distseg.networks.ema import make_teacher, update_teacher
 from distseg.networks.stochastic import add_noise, stochastic_logits
@@ -89,6 +91,11 @@ def test_dropout_in_the_decoder_alone() -> None:
     network = tiny(levels=3, dropout="decoder")
     assert len(keyed_dropouts(network.encoder)) == 0
     assert len(keyed_dropouts(network)) == len(convolutions(network.up)) + len(convolutions(network.decoder)) == 6
+
+
+def test_dropout_after_the_last_two_convolutions_alone() -> None:
+    network = tiny(levels=3, dropout="last")
+    assert len(keyed_dropouts(network)) == len(keyed_dropouts(network.decoder[-1])) == 2
 
 
 def test_he_initialisation() -> None:
@@ -199,9 +206,9 @@ def test_without_dropout_monte_carlo_is_refused(network: nn.Module) -> None:
 # Monte-Carlo passes
 
 
-@pytest.mark.parametrize(("dropout", "encoded"), [("all", 6), ("decoder", 2)])
+@pytest.mark.parametrize(("dropout", "encoded"), [("all", 6), ("decoder", 2), ("last", 2)])
 def test_passes(dropout: str, encoded: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoder mode runs the encoder once on B images, not on M x B."""
+    """Where the encoder has no dropout it runs once on B images, not on M x B."""
     network = tiny(dropout=dropout).eval()
     calls: list[int] = []
     encode = network.encode
@@ -216,7 +223,7 @@ def test_passes(dropout: str, encoded: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert not any(layer.training for layer in keyed_dropouts(network))
 
 
-@pytest.mark.parametrize("dropout", ["all", "decoder"])
+@pytest.mark.parametrize("dropout", ["all", "decoder", "last"])
 def test_passes_belong_to_their_slot(dropout: str) -> None:
     """Pass m of slot s is the same in a batch with others and alone."""
     network = tiny(dropout=dropout).double().eval()
@@ -240,6 +247,46 @@ def test_passes_by_the_loop() -> None:
         torch.testing.assert_close(together[number], alone, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("widening", ["within", "between"])
+@pytest.mark.parametrize("dropout", ["decoder", "last"])
+def test_what_passes_share_is_the_network_in_two_parts(dropout: str, widening: str) -> None:
+    """Against one whole forward pass a pass, with the same masks. The masks change from pass to pass."""
+    network = tiny(dropout=dropout, widening=widening, levels=3, num_classes=3).double().eval()
+    x = images(2).double()
+    with torch.no_grad(), dropout_active(network):
+        shared = network.before_dropout(x)
+        passes = []
+        for number in range(2):
+            generators = keys([0, 1], 2)[2 * number : 2 * number + 2]
+            with keyed(network, generators):
+                passes.append(network.after_dropout(shared))
+            with keyed(network, keys([0, 1], 2)[2 * number : 2 * number + 2]):
+                whole = network(x)
+            torch.testing.assert_close(passes[-1].logits, whole.logits, rtol=0, atol=1e-12)
+            torch.testing.assert_close(passes[-1].embeddings, whole.embeddings, rtol=0, atol=1e-12)
+    assert float((passes[0].logits - passes[1].logits).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("dropout", ["all", "decoder", "last"])
+@pytest.mark.parametrize(("batch", "at_once", "sizes"), [(1, 1, [2, 3]), (1, 4, [5]), (2, 1, [2] * 5), (2, 4, [4, 6])])
+def test_passes_in_groups_are_passes_at_once(
+    dropout: str, batch: int, at_once: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`at_once` images at a time. No group has a single image, which would miss the fast convolutions."""
+    network = tiny(dropout=dropout).double().eval()
+    x = images(batch).double()
+    found = []
+    for images_at_once in (100, at_once):
+        seen: list[int] = []
+        hook = network.head.register_forward_hook(lambda _m, given, _out, seen=seen: seen.append(len(given[0])))
+        monkeypatch.setitem(stochastic._VOXELS_AT_ONCE, "cpu", images_at_once * 8**3)
+        generators = keys(list(range(batch)), 5)
+        found.append(stochastic_logits(network, x, passes=5, noise_sigma=0.1, generators=generators))
+        hook.remove()
+    assert seen == sizes
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-12)
+
+
 def test_noise() -> None:
     x = torch.zeros(1, 1, 20, 20, 20)
     assert add_noise(x, 0.0) is x
@@ -257,6 +304,12 @@ def test_passes_without_generators_follow_the_global_one() -> None:
         runs.append(stochastic_logits(network, x, passes=2, noise_sigma=0.1))
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
+
+
+def test_best_class_is_argmax() -> None:
+    """Of equal scores the lowest class, as argmax."""
+    scores = torch.randint(0, 3, (2, 4, 3, 4, 5), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(best_class(scores), scores.argmax(1))
 
 
 # The teacher

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,8 +23,9 @@ from safetensors.torch import load_file
 from distseg.config.compose import train_config
 from distseg.config.schema import TrainRunConfig
 from distseg.data.patches import PatchReader
-from distseg.errors import ConfigError, NonFiniteLossError, RunMismatchError
+from distseg.errors import ConfigError, DataError, NonFiniteLossError, RunMismatchError
 from distseg.inference.model import load_model
+from distseg.matching.bank import load_bank
 from distseg.training import checkpoint as checkpoint_module
 from distseg.training import doubt, loop
 from distseg.training.alarms import Alarms, alarm_text
@@ -46,6 +48,11 @@ TINY: dict[str, Any] = {
     "method.threshold_value": 0.9,
     "references.k": 4,
     "references.draws": 2,
+    "references.patches": 5,
+    "references.per_patch": 20,
+    "references.every_steps": 1,
+    "matching.k": 3,
+    "matching.queries": 100,
     "checkpoint.every_steps": 2,
     "logging.progress": False,
     "logging.tensorboard": False,
@@ -60,10 +67,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def config(cohort: str, run: Path, *, method: str = "embedding_matching", **overrides: Any) -> TrainRunConfig:
+def config(
+    cohort: str, run: Path, *, method: str = "embedding_matching", matching: str = "prototypes", **overrides: Any
+) -> TrainRunConfig:
     """Double underscores in `overrides` are dots."""
     keys = {**TINY, **{key.replace("__", "."): value for key, value in overrides.items()}}
-    return train_config(cohort=cohort, run=str(run), method=method, overrides=keys)
+    return train_config(cohort=cohort, run=str(run), method=method, matching=matching, overrides=keys)
 
 
 class Quiet:
@@ -184,11 +193,21 @@ def assert_same_run(run: Path, undisturbed: Path) -> None:
 # Workers
 
 
-@pytest.mark.parametrize("method", ["supervised", "embedding_matching"])
+@pytest.mark.parametrize(
+    ("method", "matching"),
+    [
+        ("supervised", "prototypes"),
+        ("embedding_matching", "prototypes"),
+        ("embedding_matching", "index"),
+        ("cct", "prototypes"),
+        ("mtc", "prototypes"),
+        ("dtc", "prototypes"),
+    ],
+)
 def test_one_worker_is_two_in_float64(
-    cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, matching: str
 ) -> None:
-    more = {"train__precision": "float64", "train__batch_size": 3, "train__diagnostics": True}
+    more = {"train__precision": "float64", "train__batch_size": 3, "train__diagnostics": True, "matching": matching}
     alone = config(cohort_path, tmp_path / "1", method=method, **more)
     train(alone)
     train_on(2, config(cohort_path, tmp_path / "2", method=method, **more, resources__workers=2), monkeypatch)
@@ -320,6 +339,64 @@ def test_micro_batches_and_memory_are_no_part_of_a_run(cohort_path: str, tmp_pat
     assert_same_run(tmp_path / "run", undisturbed)
 
 
+# The bank
+
+
+@pytest.fixture(scope="module")
+def undisturbed_with_bank(cohort_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed_with_bank") / "run"
+    torch.set_num_threads(1)
+    train(config(cohort_path, run, matching="index"))
+    return run
+
+
+def test_a_bank_is_versioned_by_step(undisturbed_with_bank: Path) -> None:
+    """R = 1: version v, made after step v, serves step v + 2; version 0 serves steps 1 and 2. What no run resumed from
+    a kept checkpoint, of step 4 or 5, will ask for is gone."""
+    rows = rows_of(undisturbed_with_bank)
+    assert [row["bank_age_steps"] for row in rows] == [1, 2, 2, 2, 2]
+    assert all(row["loss_nn"] > 0 and 0 < row["coverage_matched"] <= 100 / 512 for row in rows)
+    versions = sorted(p.name for p in (undisturbed_with_bank / "bank").iterdir())
+    assert versions == ["v_0003", "v_0004", "v_0005"]
+    bank = load_bank(undisturbed_with_bank / "bank/v_0004", num_classes=3, device=torch.device("cpu"))
+    assert (bank.version, bank.step) == (4, 4)
+    assert set(bank.table.scans.tolist()) <= set(range(6))
+    assert len(bank.table.classes) <= 5 * 20
+    assert load_model(undisturbed_with_bank).matcher is not None
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_a_resumed_run_uses_the_same_bank(
+    cohort_path: str, tmp_path: Path, undisturbed_with_bank: Path, step: int
+) -> None:
+    settings = config(cohort_path, tmp_path / "run", matching="index")
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, Quiet(interrupt_at=step))
+    train(settings)
+    assert_same_run(tmp_path / "run", undisturbed_with_bank)
+    names = [sorted(p.name for p in (r / "bank").iterdir()) for r in (tmp_path / "run", undisturbed_with_bank)]
+    assert names[0] == names[1]
+
+
+def test_a_lost_bank_is_one_line(cohort_path: str, tmp_path: Path) -> None:
+    settings = config(cohort_path, tmp_path / "run", matching="index")
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, Quiet(interrupt_at=4))
+    shutil.rmtree(tmp_path / "run/bank/v_0001")
+    with pytest.raises(
+        DataError, match=r"v_0001: bank version 1 is not there; the step to go on from uses it; restore it"
+    ):
+        train(settings)
+
+
+def test_matchings_that_are_not_the_closed_form(cohort_path: str, tmp_path: Path) -> None:
+    """Every reference by itself, in another similarity and reduction: trains, and says so in its model."""
+    more = {"matching__similarity": "euclid", "matching__reduction": "max", "train__steps": 2}
+    train(config(cohort_path, tmp_path / "run", **more))
+    assert all(math.isfinite(row["loss"]) and row["loss_nn"] > 0 for row in rows_of(tmp_path / "run"))
+    assert load_model(tmp_path / "run").matcher.config.similarity == "euclid"
+
+
 # Where the teacher is in doubt
 
 
@@ -417,6 +494,9 @@ def test_xie2024_obeys_the_paper_line_by_line(cohort_path: str, tmp_path: Path) 
         ("supervised", {"supervised"}),
         ("mean_teacher", {"supervised", "consistency"}),
         ("uamt", {"supervised", "consistency"}),
+        ("cct", {"supervised", "consistency"}),
+        ("mtc", {"supervised", "reconstruction"}),
+        ("dtc", {"supervised", "sdf", "consistency"}),
     ],
 )
 def test_every_method_trains(cohort_path: str, tmp_path: Path, method: str, terms: set[str]) -> None:
@@ -538,6 +618,50 @@ def test_a_branch_of_supervised_is_the_longer_run(cohort_path: str, tmp_path: Pa
     first, second = (weights_of(tmp_path / run) for run in ("a", "b"))
     change = (second - first).abs().max().item()
     assert 0 < change <= 2 * 2 * 1e-3  # two Adam steps of lr 1e-3
+
+
+@pytest.mark.parametrize("method", ["cct", "mtc", "dtc"])
+def test_a_branch_with_heads(cohort_path: str, tmp_path: Path, method: str) -> None:
+    """The student and its moments are the parent's, the heads a draw of their own without moments; interrupted, it goes
+    on bit for bit; its model is the U-Net alone."""
+    more = {"train__steps": 3, "checkpoint__every_steps": 1}
+    train(config(cohort_path, tmp_path / "warm", method="supervised", **more))
+    parent = checkpoint_module.load_checkpoint(newest(tmp_path / "warm"))
+    assert parent.heads == {}
+    settings, whole = (
+        config(cohort_path, tmp_path / name, method=method, train__init_from=str(tmp_path / "warm"), **more)
+        for name in ("branch", "whole")
+    )
+    drawn = []
+    for _ in range(2):
+        open_run(settings)
+        torch.manual_seed(7)  # whatever came before
+        session = loop.start_session(settings, SingleProcess())
+        drawn.append(session.learner.heads.state_dict())
+    assert all(torch.equal(drawn[0][name], tensor) for name, tensor in drawn[1].items())
+    for name, tensor in parent.student.items():
+        assert torch.equal(session.learner.student.state_dict()[name], tensor)
+    moments = session.learner.optimizer.state_dict()
+    assert moments["state"].keys() == parent.optimizer["state"].keys()
+    assert len(moments["param_groups"][0]["params"]) == len(moments["state"]) + len(
+        list(session.learner.heads.parameters())
+    )
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, Quiet(interrupt_at=3))
+    assert train(settings).resumed_from == 2
+    train(whole)
+    assert_same_run(tmp_path / "branch", tmp_path / "whole")
+    ours, theirs = (load_file(newest(tmp_path / name) / "heads.safetensors") for name in ("branch", "whole"))
+    assert ours.keys() == drawn[0].keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(not torch.equal(ours[name], drawn[0][name]) for name in ours)
+    assert load_model(tmp_path / "branch").networks["student"].state_dict().keys() == parent.student.keys()
+    # And back: a run that branches from it leaves its heads behind.
+    train(
+        config(cohort_path, tmp_path / "back", method="uamt", train__init_from=str(tmp_path / "branch"), train__steps=1)
+    )
+    assert not (newest(tmp_path / "back") / "heads.safetensors").exists()
 
 
 def test_a_branch_has_its_own_betas(cohort_path: str, tmp_path: Path) -> None:
