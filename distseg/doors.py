@@ -19,7 +19,7 @@ from distseg.errors import ConfigError, InputError
 VERBATIM_KEYS = frozenset(
     (
         "cohort", "run", "source", "input", "output", "train.init_from", "scan", "name",
-        "suite", "phase_a_from", "storage", "tune.space",
+        "suite", "phase_a_from", "storage", "tune.space", "logging.mlflow", "logging.wandb",
     )
 )  # fmt: skip
 

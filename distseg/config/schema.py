@@ -315,7 +315,9 @@ class ResourcesConfig:
 class LoggingConfig:
     progress: bool = True
     tensorboard: bool = True
-    tensorboard_every_steps: int = 10
+    tensorboard_every_steps: int = 10  # of the two below as well
+    mlflow: str | None = None  # a tracking server's URI (distseg[mlflow]); its experiment is `distseg`
+    wandb: str | None = None  # a project of Weights & Biases (pip install wandb)
 
     def __post_init__(self) -> None:
         at_least("logging.tensorboard_every_steps", self.tensorboard_every_steps, 1)

@@ -31,6 +31,7 @@ from distseg.training.reduce import Communicator, FlatGradients
 from distseg.training.run import RunDirectory
 from distseg.training.start import new_networks, take_over
 from distseg.training.step import Learner, StepSettings
+from distseg.training.trackers import require_trackers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of the weights
 
@@ -61,6 +62,7 @@ def open_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:
 
     Raises RunMismatchError if another run lives there, ConfigError or DataError where config and data do not fit.
     """
+    require_trackers(config.logging)
     run = RunDirectory(config.run)
     stored = run.stored()
     if stored is not None:
