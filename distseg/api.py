@@ -18,23 +18,34 @@ from distseg.config.schema import (
     BenchmarkConfig,
     CohortConfig,
     DemoConfig,
+    DoctorConfig,
     EvaluateConfig,
+    ExportConfig,
     IngestConfig,
     IngestDataConfig,
+    LabelConfig,
+    LabelSectionConfig,
     PredictConfig,
     ResourcesConfig,
     TrainRunConfig,
+    TuneRunConfig,
 )
 from distseg.errors import ConfigError, FinishedWithFailures
 
 if TYPE_CHECKING:
     from distseg.data.cohort import ScanRecord
+    from distseg.inference.export_graph import ExportReport
+    from distseg.training.dry_run import DryRun
     from distseg.training.loop import TrainResult
     from distseg.work.benchmark import BenchmarkResult
     from distseg.work.cohort_actions import CohortReport
+    from distseg.work.doctor_checks import Finding
     from distseg.work.executor import Executor
     from distseg.work.ingest import IngestReport
+    from distseg.work.label_cohort import LabelReport
+    from distseg.work.label_estimate import LabelEstimate
     from distseg.work.predict import PredictReport
+    from distseg.work.tune import TuneResult
 
 Launcher = Literal["ray", "local"]
 Config = TypeVar("Config")
@@ -46,16 +57,21 @@ def ingest(
     cohort: str | os.PathLike[str],
     spacing_mm: Sequence[float] | None = None,
     split: Sequence[float] | None = None,
+    structures: Sequence[str] | None = None,
     launcher: Launcher | None = None,
     workers: int | None = None,
     progress: bool | None = None,
 ) -> IngestReport:
-    """Read `source` (nnU-Net raw or a folder of NIfTI) into the cohort store `cohort`; scans already there stay.
+    """Read `source` (a folder of NIfTI or of DICOM series, nnU-Net raw, Medical Segmentation Decathlon,
+    TotalSegmentator) into the cohort store `cohort`; scans already there stay.
 
     `spacing_mm` in Z, Y, X resamples; None keeps native spacing. `split` are the shares of train, val and test where
-    the source names none. Raises FinishedWithFailures with the scans that could not be read; the rest is in.
+    the source names none. `structures` are the masks, segments or ROIs that become the classes 1, 2, ... Raises
+    FinishedWithFailures with the scans that could not be read; the rest is in.
     """
-    data = IngestDataConfig(spacing_mm=_list(spacing_mm), split=_list(split))
+    data = IngestDataConfig(
+        spacing_mm=_list(spacing_mm), split=_list(split), structures=None if structures is None else list(structures)
+    )
     return ingest_from_config(_config(IngestConfig, locals(), data=data))
 
 
@@ -69,6 +85,7 @@ def ingest_from_config(config: IngestConfig) -> IngestReport:
             cohort=config.cohort,
             spacing_mm=config.data.spacing_mm,
             split=config.data.split,
+            structures=config.data.structures,
             executor=executor,
             progress=config.logging.progress,
         )
@@ -117,11 +134,12 @@ def train(
     preset: str | None = None,
     matching: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> TrainResult:
+) -> TrainResult | DryRun:
     """Train one run, or resume it where it stands.
 
     `overrides` are dotted keys of TrainRunConfig: {"train.steps": 600, "launcher": "local", "data.labeled_scans": 4}.
-    Without `preset` it is `full` if resources.gpus_per_worker > 0, else `small`.
+    Without `preset` it is `full` if resources.gpus_per_worker > 0, else `small`. With {"dry_run": True} nothing is
+    written to `run`, and what it would take comes back.
     """
     from distseg.config.compose import train_config
 
@@ -132,9 +150,11 @@ def train(
     return train_from_config(config)
 
 
-def train_from_config(config: TrainRunConfig) -> TrainResult:
+def train_from_config(config: TrainRunConfig) -> TrainResult | DryRun:
     config = _absolute(config, "cohort", "run")
     config.train = _absolute(config.train, "init_from")
+    if config.dry_run:
+        return _dry_run(config)
     if config.launcher == "local":
         from distseg.training.local import train_local
 
@@ -142,6 +162,16 @@ def train_from_config(config: TrainRunConfig) -> TrainResult:
     from distseg.distributed.train import train_on_ray
 
     return train_on_ray(config)
+
+
+def _dry_run(config: TrainRunConfig) -> DryRun:
+    if config.launcher == "local":
+        from distseg.training.dry_run import dry_run_local
+
+        return dry_run_local(config)
+    from distseg.distributed.train import dry_run_on_ray
+
+    return dry_run_on_ray(config)
 
 
 def evaluate(
@@ -188,7 +218,7 @@ def predict(
     workers: int | None = None,
     progress: bool | None = None,
 ) -> PredictReport:
-    """Segment one file or a folder of files; each mask lies in its input's own grid.
+    """Segment one file, a folder of NIfTI or the DICOM series below a folder; each mask lies in its input's own grid.
 
     Raises FinishedWithFailures with the files that could not be segmented; the other masks are written.
     """
@@ -211,6 +241,59 @@ def predict_from_config(config: PredictConfig) -> PredictReport:
         )
     if report.failed:
         raise FinishedWithFailures(f"{config.output}: {len(report.written)} masks written", report.failed)
+    return report
+
+
+def label(
+    *,
+    run: str | os.PathLike[str],
+    cohort: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    only: Literal["all", "unlabelled"] | None = None,
+    threshold: float | None = None,
+    quantile: float | None = None,
+    min_similarity: float | None = None,
+    passes: int | None = None,
+    overlap: float | None = None,
+    seed: int | None = None,
+    attempts: int | None = None,
+    review_scans: int | None = None,
+    next_scans: int | None = None,
+    dry_run: bool | None = None,
+    launcher: Launcher | None = None,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> LabelReport | LabelEstimate:
+    """Pseudo-label every scan of a cohort, or of a folder of images, once: masks, trust maps, and which to distrust.
+
+    The same call again goes on where it stands. `threshold` is in nats of entropy; None is the run's. `dry_run` writes
+    nothing and returns what it would take. Raises FinishedWithFailures with the scans that were set aside.
+    """
+    arguments = locals()
+    section = _config(LabelSectionConfig, {k: v for k, v in arguments.items() if k not in ("workers", "progress")})
+    return label_from_config(_config(LabelConfig, arguments, label=section))
+
+
+def label_from_config(config: LabelConfig) -> LabelReport | LabelEstimate:
+    config = _absolute(config, "run", "cohort", "output")
+    if config.dry_run:
+        from distseg.work.label_estimate import estimate_label
+
+        return estimate_label(config)
+    from distseg.work.label_cohort import label_cohort
+
+    with _pool(config.launcher, config.resources) as executor:
+        report = label_cohort(
+            run=config.run,
+            cohort=config.cohort,
+            output=config.output,
+            settings=config.label,
+            executor=executor,
+            progress=config.logging.progress,
+        )
+    if report.set_aside:
+        done = f"{report.output}: {report.labelled} scans labelled, {report.done_before} done before"
+        raise FinishedWithFailures(done, report.set_aside)
     return report
 
 
@@ -245,7 +328,7 @@ def benchmark(
     run: str | os.PathLike[str],
     suite: str | os.PathLike[str] | None = None,
     rows: Sequence[str] | None = None,
-    labelled: Sequence[int] | None = None,
+    labelled: Sequence[int | str] | None = None,
     seeds: Sequence[int] | None = None,
     phase_a_from: str | os.PathLike[str] | None = None,
     side_by_side: int | None = None,
@@ -272,6 +355,107 @@ def benchmark_from_config(config: BenchmarkConfig) -> BenchmarkResult:
     cells = ResourcesConfig(workers=config.side_by_side, gpus_per_worker=config.resources.gpus_per_worker)
     with _executor(config.launcher, cells) as executor:
         return run_benchmark(config, executor=executor)
+
+
+def tune(
+    *,
+    cohort: str | os.PathLike[str],
+    run: str | os.PathLike[str],
+    space: str | os.PathLike[str],
+    trials: int | None = None,
+    runner: Literal["inline", "train"] | None = None,
+    method: str | None = None,
+    preset: str | None = None,
+    matching: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+) -> TuneResult:
+    """Sweep a search space; the best model in RUN/best, trials.csv and report.html beside it. Resumes.
+
+    `space` is a name of conf/space or a YAML file; `overrides` are dotted keys of TuneRunConfig: those of `train` that
+    every trial shares, and {"tune.search": "optuna", "tune.scheduler": "none"}. Raises ConfigError before anything
+    runs, and FinishedWithFailures with the trials that failed, when the others are in the table.
+    """
+    from distseg.config.compose import tune_config
+
+    keys = {"tune.trials": trials, "tune.runner": runner}
+    given = {**(overrides or {}), **{key: value for key, value in keys.items() if value is not None}}
+    choice = {"method": method} if method is not None else {}
+    config = tune_config(
+        cohort=os.fspath(cohort), run=os.fspath(run), space=os.fspath(space), preset=preset, matching=matching,
+        overrides={**given, "dry_run": dry_run}, **choice,
+    )  # fmt: skip
+    return tune_from_config(config)
+
+
+def tune_from_config(config: TuneRunConfig) -> TuneResult:
+    from distseg.work.tune import LocalTrials, run_tune
+
+    config = _absolute(config, "cohort", "run")
+    config.train = _absolute(config.train, "init_from")
+    if config.launcher == "local":
+        with _executor("local", ResourcesConfig(workers=config.tune.concurrent or 1)) as executor:
+            return run_tune(config, runner=LocalTrials(executor), train=train_from_config)
+    from distseg.distributed.tune import RayTrials
+
+    return run_tune(config, runner=RayTrials(config.resources), train=train_from_config)
+
+
+def export(
+    *,
+    run: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    format: Literal["monai_bundle", "onnx", "torchscript"] | None = None,
+    network: Literal["student", "teacher"] | None = None,
+    overlap: float | None = None,
+) -> ExportReport:
+    """Write a run's network for use without distseg; what is written is read back and compared.
+
+    Raises InputError where `output` exists, ConfigError where format="onnx" lacks its packages (distseg[onnx]).
+    """
+    return export_from_config(_config(ExportConfig, locals()))
+
+
+def export_from_config(config: ExportConfig) -> ExportReport:
+    from distseg.inference.model import load_model
+
+    config = _absolute(config, "run", "output")
+    model = load_model(config.run)
+    if config.format == "monai_bundle":
+        from distseg.inference.export_bundle import export_bundle
+
+        return export_bundle(model, network=config.network, overlap=config.overlap, output=config.output)
+    from distseg.inference.export_graph import export_graph
+
+    return export_graph(model, format=config.format, network=config.network, output=config.output)
+
+
+def doctor(
+    *,
+    storage: str | os.PathLike[str] | None = None,
+    storage_mib: int | None = None,
+    launcher: Launcher | None = None,
+    workers: int | None = None,
+    gpus_per_worker: float | None = None,
+) -> list[Finding]:
+    """Check this machine, or every node of the cluster that RAY_ADDRESS names; one finding a check.
+
+    `storage` is a folder that every node should reach; `workers` and `gpus_per_worker` are those of the job to come.
+    """
+    resources = ResourcesConfig(workers=workers or 1, gpus_per_worker=gpus_per_worker or 0.0)
+    return list(doctor_from_config(_config(DoctorConfig, locals(), resources=resources)))
+
+
+def doctor_from_config(config: DoctorConfig) -> Iterator[Finding]:
+    """Findings as they are made."""
+    config = _absolute(config, "storage")
+    if config.launcher == "local":
+        from distseg.work.doctor import examine_machine
+
+        return examine_machine(config)
+    from distseg.distributed.doctor import examine_cluster
+
+    return examine_cluster(config)
 
 
 def _config(kind: type[Config], arguments: Mapping[str, Any], **sections: Any) -> Config:
@@ -322,6 +506,25 @@ def _executor(launcher: str, resources: ResourcesConfig) -> Iterator[Executor]:
         from distseg.distributed.executor import RayExecutor
 
         executor = RayExecutor(resources.workers, gpus_per_task=resources.gpus_per_worker)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+@contextmanager
+def _pool(launcher: str, resources: ResourcesConfig) -> Iterator[Executor]:
+    """Like `_executor`, for items that share something costly: each worker lives on, and reads and packs beside the
+    network."""
+    executor: Executor
+    if launcher == "local":
+        from distseg.work.executor import LocalExecutor
+
+        executor = LocalExecutor(resources.workers, at_once=2)
+    else:
+        from distseg.distributed.actor_pool import ActorPool
+
+        executor = ActorPool(resources.workers, gpus_per_actor=resources.gpus_per_worker, at_once=2)
     try:
         yield executor
     finally:

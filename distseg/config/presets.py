@@ -31,12 +31,18 @@ METHODS: dict[str, Values] = {
             **_MEAN_TEACHER_NOISE,
         }
     },
+    # 30 over the first tenth of the run is for a mean over 21 classes; of two, as many of each voxel's squares weigh
+    # 30 x 2 / 21 (BASELINES section 3).
+    "cct": {"method": {"name": "cct", "weight_consistency": 3.0, "consistency_ramp": 0.1}},
+    "mtc": {"method": {"name": "mtc", "weight_reconstruction": 1.0}},
+    "dtc": {"method": {"name": "dtc", "weight_consistency": 1.0, "weight_sdf": 0.3}},
     "embedding_matching": {"method": {"name": "embedding_matching"}},
 }
 
-# By the bank, L_EN is taken over the voxels that are matched: over all of them its search would be the step's time.
+# Prototypes cost one product for all voxels, so L_EN is over all of them, as Eq 4 is written; in a bank each voxel is a
+# search, and L_EN is over those that are matched.
 MATCHINGS: dict[str, Values] = {
-    "prototypes": {"matching": {"kind": "prototypes"}},
+    "prototypes": {"matching": {"kind": "prototypes"}, "method": {"entropy_over": "all"}},
     "index": {"matching": {"kind": "index"}, "method": {"entropy_over": "unreliable"}},
 }
 

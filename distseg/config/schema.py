@@ -10,9 +10,13 @@ from dataclasses import dataclass, field
 from distseg.config.checks import at_least, at_least_one_of, between, one_of, require
 
 MISSING = "???"
-METHOD_NAMES = ("supervised", "mean_teacher", "uamt", "embedding_matching")
+METHOD_NAMES = ("supervised", "mean_teacher", "uamt", "cct", "mtc", "dtc", "embedding_matching")
+_WITHOUT_TEACHER = ("supervised", "cct", "mtc", "dtc")  # no pass of theirs needs dropout to differ from another
 PRESET_NAMES = ("small", "full", "xie2024")
 LAUNCHERS = ("ray", "local")
+# What training measures on validation patches, keys of metrics.jsonl, and whether more of it is better.
+OBJECTIVES = {"val_dice": "max"}
+EXPORT_FORMATS = ("monai_bundle", "onnx", "torchscript")
 
 
 @dataclass
@@ -22,6 +26,7 @@ class DataConfig:
     spacing_mm: list[float] | None = None  # Z Y X; None: the median spacing of the labelled training scans
     labeled_scans: int | None = None
     labeled_ids: list[str] | None = None  # names the labelled scans outright, instead of a seeded draw
+    labeled_patches: int | None = None  # of the labelled scans, patches of a lattice that are labelled; None: all of it
     subset_seed: int = 0
     mirror_pairs: list[list[str]] | None = None  # classes that swap under a left-right flip
     memory_gib: float = 4.0  # training volumes kept in RAM, a worker; the rest is read patch by patch
@@ -37,6 +42,8 @@ class DataConfig:
             )
         if self.labeled_scans is not None:
             at_least("data.labeled_scans", self.labeled_scans, 1)
+        if self.labeled_patches is not None:
+            at_least("data.labeled_patches", self.labeled_patches, 1)
         at_least("data.subset_seed", self.subset_seed, 0)
         between("data.memory_gib", self.memory_gib, 0.0, 1e5)
 
@@ -128,13 +135,17 @@ class OptimizerConfig:
 
 @dataclass
 class MethodConfig:
-    """What turns teacher outputs into loss terms. A weight is the value its ramp reaches at the last step (Eq 1)."""
+    """What turns unlabelled patches into loss terms. A weight is the value its ramp reaches (Eq 1); those of
+    `loss_sdf` and `loss_reconstruction` are constant."""
 
     name: str = "embedding_matching"
     weight_ua: float = 0.25
     weight_nn: float = 0.125
     weight_en: float = 0.125
     weight_consistency: float = 0.1
+    weight_sdf: float = 0.3  # of DTC's regression of signed distances on labelled patches
+    weight_reconstruction: float = 1.0  # of MTC's, on labelled and unlabelled patches
+    consistency_ramp: float = 1.0  # share of the run over which weight_consistency ramps up
     passes: int = 5  # Monte-Carlo dropout passes of the teacher, M
     teacher_noise_sigma: float = 0.01
     teacher_noise_clip: float | None = None  # None: not clipped
@@ -144,12 +155,20 @@ class MethodConfig:
     threshold: str = "paper"
     threshold_value: float = 0.75
     temperature: float = 1.0  # of Eq 4; 1 is the paper's
-    entropy_over: str = "all"  # voxels that L_EN is taken over: all (Eq 4 as written) or the unreliable
+    entropy_over: str = "unreliable"  # voxels that L_EN is taken over: those that are matched, or all (Eq 4 as written)
+    mask_gradient: bool = True  # MTC: gradients reach the segmentation through the masks of the reconstruction's target
+    sdf_sharpness: float = 1500.0  # DTC: k of sigmoid(-k z), which turns distances back into a mask
+    sdf_truncation_mm: float | None = None  # DTC: None divides by the patch's largest distance (the paper)
 
     def __post_init__(self) -> None:
         one_of("method", self.name, METHOD_NAMES)
-        for key in ("weight_ua", "weight_nn", "weight_en", "weight_consistency", "teacher_noise_sigma"):
+        weights = [key for key in vars(self) if key.startswith("weight_")]
+        for key in (*weights, "teacher_noise_sigma"):
             between(f"method.{key}", getattr(self, key), 0.0, 1e3)
+        between("method.consistency_ramp", self.consistency_ramp, 0.0, 1.0)
+        between("method.sdf_sharpness", self.sdf_sharpness, 1.0, 1e5)
+        if self.sdf_truncation_mm is not None:
+            between("method.sdf_truncation_mm", self.sdf_truncation_mm, 1e-3, 1e4)
         between("method.passes", self.passes, 1, 64)
         one_of("method.uncertainty", self.uncertainty, ("mean_of_entropies", "entropy_of_mean"))
         one_of("method.threshold", self.threshold, ("paper", "fixed", "quantile", "per_class"))
@@ -163,10 +182,10 @@ class MatchingConfig:
     """How unreliable voxels find their references.
 
     `prototypes`: all references of the slot's own labelled patch at once (the paper). `index`: the `k` nearest of each
-    class in a bank over all labelled scans, searched by FAISS or torch.
+    class in a bank over all labelled scans, searched by FAISS or torch; the default, by tests/bench/RESULTS.md.
     """
 
-    kind: str = "prototypes"
+    kind: str = "index"
     similarity: str = "cosine"  # euclid: 1 / (1 + distance)
     reduction: str = "mean"  # how a class's references speak as one: mean, max, or softmax-weighted mean
     temperature: float = 0.1  # of the softmax-weighted mean
@@ -296,7 +315,9 @@ class ResourcesConfig:
 class LoggingConfig:
     progress: bool = True
     tensorboard: bool = True
-    tensorboard_every_steps: int = 10
+    tensorboard_every_steps: int = 10  # of the two below as well
+    mlflow: str | None = None  # a tracking server's URI (distseg[mlflow]); its experiment is `distseg`
+    wandb: str | None = None  # a project of Weights & Biases (pip install wandb)
 
     def __post_init__(self) -> None:
         at_least("logging.tensorboard_every_steps", self.tensorboard_every_steps, 1)
@@ -311,6 +332,7 @@ class TrainRunConfig:
     preset: str = "small"
     seed: int = 0
     launcher: str = "ray"
+    dry_run: bool = False  # train 20 steps elsewhere and say what the run would take; nothing is written to `run`
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -329,7 +351,7 @@ class TrainRunConfig:
         one_of("launcher", self.launcher, LAUNCHERS)
         at_least("seed", self.seed, 0)
         require(
-            self.method.name == "supervised" or self.network.dropout_rate > 0,
+            self.method.name in _WITHOUT_TEACHER or self.network.dropout_rate > 0,
             "network.dropout_rate",
             self.network.dropout_rate,
             f"above 0 with method={self.method.name}: its teacher's passes differ by dropout",
@@ -367,13 +389,64 @@ class TrainRunConfig:
 
 
 @dataclass
+class TuneConfig:
+    """What a sweep tries and how. A trial is a run of `train.steps` in its own directory."""
+
+    space: str = MISSING  # one of conf/space, or the path of a YAML file; `space=` for short
+    trials: int | None = None  # in all, the default among them; None: 16, or every point of a grid
+    search: str = "random"  # random; grid: all values of choices; optuna: its TPE, from the extra `tune`
+    scheduler: str | None = None  # asha, pbt or none; None: asha with Ray, none without
+    runner: str | None = None  # inline, train; None: inline where a trial has one worker
+    concurrent: int | None = None  # trials at once; None: as many as the cluster has room for
+    objective: str = "val_dice"  # a key of metrics.jsonl, measured on validation patches only
+    looks: int = 9  # at the objective, evenly over a trial: with `reduction` 3, ASHA decides after 1/9 and 1/3 of it
+    reduction: int = 3  # ASHA lets one in so many go on at each rung
+    validation_share: float = 0.05  # of a trial's network passes that looking may take; fewer patches if need be
+    warmup_steps: int | None = None  # supervised steps all trials branch from; None: train.steps if the space allows
+    default_first: bool = True  # the configuration as it stands is the first trial
+
+    def __post_init__(self) -> None:
+        one_of("tune.search", self.search, ("random", "grid", "optuna"))
+        if self.scheduler is not None:
+            one_of("tune.scheduler", self.scheduler, ("none", "asha", "pbt"))
+        if self.runner is not None:
+            one_of("tune.runner", self.runner, ("inline", "train"))
+        one_of("tune.objective", self.objective, tuple(OBJECTIVES))
+        at_least("tune.looks", self.looks, 1)
+        at_least("tune.reduction", self.reduction, 2)
+        between("tune.validation_share", self.validation_share, 0.001, 1.0)
+        for name, least in (("trials", 1), ("concurrent", 1), ("warmup_steps", 0)):
+            if getattr(self, name) is not None:
+                at_least(f"tune.{name}", getattr(self, name), least)
+
+
+@dataclass
+class TuneRunConfig(TrainRunConfig):
+    """`distseg tune`: the configuration every trial starts from, and how to sweep."""
+
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    dry_run: bool = False  # say what it would take, and stop
+
+
+@dataclass
 class IngestDataConfig:
     spacing_mm: list[float] | None = None  # Z Y X; None keeps the native spacing
     split: list[float] | None = None  # train, val, test shares, used where the source brings no splits.json
+    # TotalSegmentator's masks, or DICOM's segments and ROIs, that become classes 1, 2, ...; []: take no labels.
+    structures: list[str] | None = None
 
     def __post_init__(self) -> None:
         if self.spacing_mm is not None:
             DataConfig(spacing_mm=self.spacing_mm)
+        if self.structures is not None:
+            names = [name.strip() for name in self.structures]
+            require(
+                len(set(names)) == len(names) <= 255 and not {"", "background"} & set(names),
+                "data.structures",
+                self.structures,
+                "at most 255 names, each once, without background",
+                "set data.structures=[hip_left,hip_right]",
+            )
         if self.split is not None:
             require(
                 len(self.split) == 3 and min(self.split) >= 0 and abs(sum(self.split) - 1) < 1e-6,
@@ -432,19 +505,87 @@ class EvaluateConfig:
 
 
 @dataclass
+class LabelRuleConfig:
+    """How a scan is pseudo-labelled: the teacher where it is sure, matching elsewhere."""
+
+    threshold: float | None = None  # nats of entropy from which a voxel is doubtful; None: the run's at T = 0
+    quantile: float | None = None  # in place of it: this quantile of the scan's own entropies
+    min_similarity: float | None = None  # a voxel less similar than this to every class is not matched; None: all are
+    passes: int | None = None  # of the teacher; None: the run's
+    overlap: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            between("label.threshold", self.threshold, 0.0, 100.0)
+        if self.quantile is not None:
+            between("label.quantile", self.quantile, 0.0, 1.0)
+            require(
+                self.threshold is None,
+                "label.threshold",
+                self.threshold,
+                "null with label.quantile: one rule says which voxels are doubtful",
+                "give one of the two",
+            )
+        if self.min_similarity is not None:
+            between("label.min_similarity", self.min_similarity, -1.0, 1.0)
+        if self.passes is not None:
+            between("label.passes", self.passes, 1, 64)
+        between("label.overlap", self.overlap, 0.0, 0.9)
+        at_least("label.seed", self.seed, 0)
+
+
+@dataclass
+class LabelSectionConfig(LabelRuleConfig):
+    """Which scans, how often a failing one is tried, and how many are shown."""
+
+    only: str = "all"  # unlabelled: leave annotated scans out
+    attempts: int = 2
+    review_scans: int = 12  # shown in review.html, the ones to distrust first
+    next_scans: int = 10  # in next_to_label.csv
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("label.only", self.only, ("all", "unlabelled"))
+        for name in ("attempts", "next_scans"):
+            at_least(f"label.{name}", getattr(self, name), 1)
+        at_least("label.review_scans", self.review_scans, 0)
+
+
+@dataclass
+class LabelConfig:
+    """`distseg label`."""
+
+    run: str = MISSING
+    cohort: str = MISSING  # a cohort store, or a folder of images that is read directly
+    output: str = MISSING
+    dry_run: bool = False  # say what it would take, from a measured sample, and write nothing
+    launcher: str = "ray"
+    label: LabelSectionConfig = field(default_factory=LabelSectionConfig)
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        one_of("launcher", self.launcher, LAUNCHERS)
+
+
+@dataclass
 class PredictConfig:
     """`distseg predict`."""
 
     run: str = MISSING
     input: str = MISSING
     output: str = MISSING
-    network: str = "student"
-    overlap: float = 0.5
+    by: str = "network"  # network: its argmax, as evaluate; label: the teacher's passes and matching, as distseg label
+    network: str = "student"  # by=network
+    overlap: float = 0.5  # by=network
+    label: LabelRuleConfig = field(default_factory=LabelRuleConfig)  # by=label
     launcher: str = "local"
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        one_of("by", self.by, ("network", "label"))
         one_of("network", self.network, ("student", "teacher"))
         between("overlap", self.overlap, 0.0, 0.9)
         one_of("launcher", self.launcher, LAUNCHERS)
@@ -474,6 +615,36 @@ class DemoConfig:
 
 
 @dataclass
+class ExportConfig:
+    """`distseg export`. `output`: a folder that is new; onnx and torchscript also take a file's name."""
+
+    run: str = MISSING
+    output: str = MISSING
+    format: str = "monai_bundle"
+    network: str = "student"
+    overlap: float = 0.5  # of the bundle's windows
+
+    def __post_init__(self) -> None:
+        one_of("format", self.format, EXPORT_FORMATS)
+        one_of("network", self.network, ("student", "teacher"))
+        between("overlap", self.overlap, 0.0, 0.9)
+
+
+@dataclass
+class DoctorConfig:
+    """`distseg doctor`. `resources` are those of the job you mean to start: the check is whether they fit."""
+
+    storage: str = "."  # a folder that every node should reach, e.g. the one where cohort and runs lie
+    storage_mib: int = 64  # written and read on each node, then removed
+    launcher: str = "ray"
+    resources: ResourcesConfig = field(default_factory=ResourcesConfig)
+
+    def __post_init__(self) -> None:
+        between("storage_mib", self.storage_mib, 1, 65_536)
+        one_of("launcher", self.launcher, LAUNCHERS)
+
+
+@dataclass
 class BenchmarkConfig:
     """`distseg benchmark`. `rows`, `labelled` and `seeds` run and report a part of the suite; None: what it says."""
 
@@ -481,7 +652,7 @@ class BenchmarkConfig:
     run: str = MISSING
     suite: str = "smoke"  # one of conf/suites, or the path of a YAML file
     rows: list[str] | None = None
-    labelled: list[int] | None = None
+    labelled: list[str] | None = None
     seeds: list[int] | None = None
     phase_a_from: str | None = (
         None  # another benchmark's directory, whose phase A is branched from where it is the same

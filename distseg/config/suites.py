@@ -1,15 +1,16 @@
 """What `distseg benchmark` runs: a YAML file of methods x label counts x seeds under one recipe, parsed strictly.
 
     description: one line
+    like: protocol_c                                another suite's keys, but for those given here
     preset: small
     common: {data.spacing_mm: [3, 4, 4], ...}       keys of `distseg train` that every row shares: the recipe
     phase_a: {method: supervised, steps: 600}       once per (seed, subset); every row branches from it
     phase_b: {steps: 400}                           of each row; the lr schedule is one over A + B
     rows: {NAME: {method: uamt, matching: ..., overrides: {method.passes: 4}}, ...}
-    subsets: {4: [ids], 10: {subset_seed: 0}}       labelled scans by id, or drawn from the cohort with a seed
+    subsets: {4: [ids], 10: {subset_seed: 0}}       which labels train, see config/subsets.py
     labelled: [4]                                   which subsets run; default all
     seeds: [0, 1, 2]
-    compare: [rows]  against: [rows]                the paired tests; default: the last row against all others
+    compare: [rows]  against: [rows]                the paired tests; default: the last row against all others, []: none
     evaluate: {split: val, overlap: 0.25, network: student, phase_a: false}
 
 Suites that ship are conf/suites/NAME.yaml. A folder `suite` would be a Hydra group, and `suite=` no longer a key.
@@ -31,7 +32,8 @@ from distseg.config.checks import one_of
 from distseg.config.compose import flatten, to_plain
 from distseg.config.presets import MATCHINGS, METHODS, PRESETS
 from distseg.config.schema import EvaluateConfig, TrainRunConfig
-from distseg.config.yaml_sections import Section, read_yaml
+from distseg.config.subsets import Name, Subset, parse_subsets
+from distseg.config.yaml_sections import Section, mapping_of, read_yaml
 from distseg.errors import ConfigError
 
 PHASE_A = "phase_a"  # its name among the rows
@@ -42,6 +44,7 @@ _OWNED = {
     "seed": "seeds", "preset": "preset", "method.name": "method", "train.steps": "phase_a.steps and phase_b.steps",
     "train.init_from": "phase_a", "optimizer.schedule_steps": "phase_a.steps + phase_b.steps",
     "data.labeled_scans": "subsets", "data.labeled_ids": "subsets", "data.subset_seed": "subsets",
+    "data.labeled_patches": "subsets",
 }  # fmt: skip
 _ROW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.\-]*(_[A-Za-z0-9.\-]+)*")  # a folder's name; "__" parts its fields
 
@@ -57,16 +60,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Subset:
-    """Labelled training scans: `ids`, or as many as its name says, drawn from the cohort with `subset_seed`."""
-
-    ids: tuple[str, ...] | None = None
-    subset_seed: int | None = None
-
-
-@dataclass(frozen=True)
 class Suite:
-    """A parsed suite. `subsets` by number of labelled scans; `compare` and `against` name rows."""
+    """A parsed suite. `labelled` names the `subsets` that run; `compare` and `against` name rows."""
 
     name: str
     description: str
@@ -76,8 +71,8 @@ class Suite:
     phase_a_steps: int
     phase_b_steps: int
     rows: tuple[Row, ...]
-    subsets: Mapping[int, Subset]
-    labelled: tuple[int, ...]
+    subsets: Mapping[Name, Subset]
+    labelled: tuple[Name, ...]
     seeds: tuple[int, ...]
     compare: tuple[str, ...]
     against: tuple[str, ...]
@@ -88,7 +83,7 @@ class Suite:
 
     def content(self) -> dict[str, Any]:
         """What the suite is, as plain values: its name and description decide nothing."""
-        plain = dataclasses.asdict(self)
+        plain = {**dataclasses.asdict(self), "subsets": {name: one.content() for name, one in self.subsets.items()}}
         kept = {key: value for key, value in plain.items() if key not in ("name", "description")}
         plain_json: dict[str, Any] = json.loads(json.dumps(kept))
         return plain_json
@@ -97,7 +92,7 @@ class Suite:
         return hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()[:16]
 
     def select(
-        self, *, rows: Sequence[str] | None, labelled: Sequence[int] | None, seeds: Sequence[int] | None
+        self, *, rows: Sequence[str] | None, labelled: Sequence[Name] | None, seeds: Sequence[int] | None
     ) -> Suite:
         """The part of the suite to run now; None keeps what the suite says. Order is the suite's.
 
@@ -125,7 +120,7 @@ def suite_folder() -> Path:
 
 def load_suite(suite: str) -> Suite:
     """A shipped suite by name, or a YAML file by path. Raises ConfigError naming key, value and rule."""
-    shipped = {file.stem: file for file in sorted(suite_folder().glob("*.yaml"))}
+    shipped = _shipped()
     if suite in shipped:
         return parse_suite(suite, read_yaml(shipped[suite], key="suite"))
     path = Path(suite)
@@ -136,16 +131,20 @@ def load_suite(suite: str) -> Suite:
     return parse_suite(path.stem, read_yaml(path, key="suite"))
 
 
+def _shipped() -> dict[str, Path]:
+    return {file.stem: file for file in sorted(suite_folder().glob("*.yaml"))}
+
+
 def parse_suite(name: str, content: object) -> Suite:
     """Check the content of a suite's YAML and give it types. Raises ConfigError."""
-    top = Section(content, f"suite {name}", _TOP_KEYS)
+    top = Section(_with_base(content, f"suite {name}"), f"suite {name}", _TOP_KEYS)
     phase_a = top.section("phase_a", ("method", "matching", "overrides", "steps"))
     phase_b = top.section("phase_b", ("steps",))
     rows = tuple(_row(key, value, top.where) for key, value in top.mapping("rows").items())
-    subsets = {_count(key, top.where): _subset(key, value, top.where) for key, value in top.mapping("subsets").items()}
+    subsets = parse_subsets(top.mapping("subsets"), top.where)
     names = [row.name for row in rows]
-    compare = top.strings("compare", default=names[-1:])
-    against = top.strings("against", default=[name for name in names if name not in compare])
+    compare = top.strings("compare", default=names[-1:], may_be_empty=True)
+    against = top.strings("against", default=[name for name in names if name not in compare], may_be_empty=True)
     for row_name in (*compare, *against):
         one_of(f"{top.where}: compare, against", row_name, names)
     evaluate = top.section("evaluate", ("split", "overlap", "network", "phase_a"), optional=True)
@@ -158,7 +157,7 @@ def parse_suite(name: str, content: object) -> Suite:
     )
     preset = top.value("preset", str, default="small")
     one_of(f"{top.where}: preset", preset, tuple(PRESETS))
-    labelled = top.integers("labelled", default=list(subsets))
+    labelled = top.names("labelled", default=list(subsets))
     return Suite(
         name=name,
         description=top.value("description", str, default=""),
@@ -178,6 +177,25 @@ def parse_suite(name: str, content: object) -> Suite:
         network=checked.network,
         evaluate_phase_a=evaluate.value("phase_a", bool, default=False),
     )
+
+
+def _with_base(content: object, where: str) -> object:
+    """`content` over the keys of the shipped suite that it names under `like`."""
+    if not isinstance(content, Mapping) or "like" not in content:
+        return content
+    shipped = _shipped()
+    base = content["like"]
+    one_of(f"{where}: like", base, tuple(shipped))
+    keys = mapping_of(read_yaml(shipped[base], key="suite"), f"suite {base}")
+    if "like" in keys:
+        raise ConfigError(
+            "is itself like another suite", where=f"{where}: like", value=base, fix=f"name {keys['like']}"
+        )
+    return {**{key: value for key, value in keys.items() if key != "description"}, **_without_like(content)}
+
+
+def _without_like(content: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: value for key, value in content.items() if key != "like"}
 
 
 _TOP_KEYS = (
@@ -203,24 +221,6 @@ def _parsed_row(name: str, section: Section) -> Row:
     return Row(name, method, matching, overrides)
 
 
-def _subset(count: object, content: object, where: str) -> Subset:
-    where = f"{where}: subsets.{count}"
-    if isinstance(content, list):
-        ids = tuple(str(scan) for scan in content)
-        if len(set(ids)) != count:
-            raise ConfigError("another number of scans than its name says", where=where, value=len(set(ids)))
-        return Subset(ids=ids)
-    section = Section(content, where, ("subset_seed",))
-    return Subset(subset_seed=section.value("subset_seed", int, default=0))
-
-
-def _count(key: object, where: str) -> int:
-    if isinstance(key, int) and not isinstance(key, bool) and key >= 1:
-        return key
-    rule = "a subset is named by its number of labelled scans, at least 1"
-    raise ConfigError("too few labelled scans", where=f"{where}: subsets", value=key, rule=rule)
-
-
 def _train_keys(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """Dotted keys of `distseg train`; a nested mapping is taken for its dotted keys."""
     known = [key for key, _ in flatten(to_plain(TrainRunConfig()))]
@@ -237,12 +237,12 @@ def _train_keys(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
 
 
 def _chosen(where: str, asked: Sequence[Any] | None, known: Iterable[Any], default: Sequence[Any]) -> tuple[Any, ...]:
-    """`asked` in the order of `known`."""
+    """`asked` in the order of `known`; the command line gives numbers as text."""
     if asked is None:
         return tuple(default)
-    known = list(known)
-    unknown = [value for value in asked if value not in known]
+    known, words = list(known), {str(value) for value in asked}
+    unknown = [value for value in asked if str(value) not in {str(one) for one in known}]
     if unknown or not asked:
         rule = f"one or more of {', '.join(map(str, known))}"
         raise ConfigError("the suite has no such entry", where=where, value=unknown or "[]", rule=rule)
-    return tuple(value for value in known if value in asked)
+    return tuple(value for value in known if str(value) in words)

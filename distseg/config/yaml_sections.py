@@ -51,17 +51,23 @@ class Section:
     def integers(self, key: str, *, default: list[int] | None) -> list[int]:
         return self._list(key, int, default)
 
-    def strings(self, key: str, *, default: list[str] | None) -> list[str]:
-        return self._list(key, str, default)
+    def strings(self, key: str, *, default: list[str] | None, may_be_empty: bool = False) -> list[str]:
+        return self._list(key, str, default, may_be_empty=may_be_empty)
 
-    def _list(self, key: str, kind: type, default: list[Any] | None) -> list[Any]:
+    def names(self, key: str, *, default: list[int | str]) -> list[int | str]:
+        """Numbers and words."""
+        return self._list(key, (int, str), default)
+
+    def _list(
+        self, key: str, kind: type | tuple[type, ...], default: list[Any] | None, *, may_be_empty: bool = False
+    ) -> list[Any]:
         values: list[Any] = self.value(key, list, default=default)
         for value in values:
             typed = isinstance(value, kind) and not isinstance(value, bool)
             if not typed or (isinstance(value, int) and value < 0):
                 rule = "whole numbers from 0" if kind is int else "names"
                 raise ConfigError("list of something else", where=f"{self.where}: {key}", value=value, rule=rule)
-        if len(set(values)) < len(values) or (not values and key in self._values):
+        if len(set(values)) < len(values) or (not values and key in self._values and not may_be_empty):
             raise ConfigError("must have entries, each once", where=f"{self.where}: {key}", value=values)
         return values
 

@@ -27,6 +27,7 @@ class Batch:
     reference_image: Tensor  # float [B, 1, Z, Y, X]: the labelled patch, or one of its scan that has a surface
     reference_index: Tensor  # int64 [B, K, R] flat voxel indices into the reference patch
     reference_present: Tensor  # bool [B, K]; all False: the scan has no surface
+    labelled_distance: Tensor | None = None  # float [B, K - 1, Z, Y, X], signed distances, where the method needs them
     hidden_target: Tensor | None = None  # int64 [B, Z, Y, X], diagnostics only; -1 where the truth is unknown
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:

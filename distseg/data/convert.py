@@ -22,7 +22,6 @@ from zarr.codecs import BloscCodec, BloscShuffle
 from distseg.data.body import find_body
 from distseg.data.cohort import ScanRecord
 from distseg.data.formats import Case
-from distseg.data.nifti import file_sha256, read_label, read_nifti
 from distseg.data.volume import Geometry, Spacing, Volume, resample_box, shape3, target_geometry
 from distseg.errors import DataError
 
@@ -49,7 +48,6 @@ class ScanTask:
     cohort: str
     staging: str
     classes: dict[str, int]
-    modality: str | None
     spacing_mm: Spacing | None
     known: Known | None = None
 
@@ -65,14 +63,14 @@ class Converted:
 def convert_scan(task: ScanTask) -> Converted:
     """Bring one case into the store. Raises DataError, in one line, for a file that cannot be used."""
     case = task.case
-    image_sha256 = file_sha256(case.image)
-    label_sha256 = None if case.label is None else file_sha256(case.label)
+    image_sha256 = case.image.sha256()
+    label_sha256 = None if case.label is None else case.label.sha256()
     if task.known is not None:
         kept = _already_there(task.known, case=case, image_sha256=image_sha256, label_sha256=label_sha256)
         if kept is not None:
             return Converted(kept, written=False)
-    volume = read_nifti(case.image, modality=task.modality)
-    label = None if case.label is None else read_label(case.label, image=volume, classes=task.classes)
+    volume = case.image.read()
+    label = None if case.label is None else case.label.read(image=volume, classes=task.classes)
     image, annotation, stored = _on_stored_grid(volume, label, task.spacing_mm)
     resampled = stored is not volume.geometry
     attrs, voxels, intensities = _describe(image, annotation, case.scan_id, volume.modality, task.classes)
@@ -118,14 +116,14 @@ def record_of(scan_id: str, attrs: dict[str, Any]) -> ScanRecord:
 def _already_there(known: Known, *, case: Case, image_sha256: str, label_sha256: str | None) -> ScanRecord | None:
     """The stored record if nothing is to be done. The same image without its label, from another folder, is no reason
     to drop the label; another image under the same id, from another folder, is another patient."""
-    elsewhere = known.image is not None and known.image != str(case.image.absolute())
+    elsewhere = known.image is not None and known.image != str(case.image.path.absolute())
     if image_sha256 == known.record.sha256:
         same = label_sha256 == known.record.label_sha256
         return known.record if same or (label_sha256 is None and elsewhere) else None
     if elsewhere:
         rule = "the cohort holds another image under this id, from another folder"
-        fix = "rename the file, or take the old scan out with distseg cohort action=remove"
-        raise DataError("scan id is taken", where=case.image.name, value=case.scan_id, rule=rule, fix=fix)
+        fix = "rename the case, or take the old scan out with distseg cohort action=remove"
+        raise DataError("scan id is taken", where=case.scan_id, rule=rule, fix=fix)
     return None
 
 

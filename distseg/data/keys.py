@@ -30,6 +30,13 @@ class Purpose(IntEnum):
     BANK_PASSES = 13
     BANK_VOXELS = 14
     BANK_INDEX = 15
+    HEAD_WEIGHTS = 20
+    HEADS = 21
+    LABELLED_PATCHES = 22
+    LABEL = 23  # the teacher's passes over a whole scan
+    NEXT_TO_LABEL = 24
+    TRIAL = 25
+    PERTURB = 26
 
 
 def _sequence(seed: int, purpose: Purpose, counters: tuple[int, ...]) -> np.random.SeedSequence:

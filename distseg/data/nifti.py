@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from distseg.data.volume import NativeGrid, Shape, Volume, shape3
+from distseg.data.digest import file_size
+from distseg.data.limits import MAX_DEFLATE_RATIO, check_size
+from distseg.data.volume import Affine, NativeGrid, Shape, Volume, shape3
 from distseg.errors import DataError
 
-MAX_VOXELS = 2**33  # 64 GiB of float64: beyond it a header is damaged, not a scan large
-MAX_GZIP_RATIO = 1100  # deflate cannot do better than 1032 : 1
 CT_MINIMUM_HU = -500.0
 LABEL_GRID_TOLERANCE = 0.1  # share of the smallest voxel size by which a corner of the label's grid may be off
 
@@ -39,24 +38,12 @@ def read_nifti(path: str | Path, *, modality: str | None = None) -> Volume:
 
 def read_label(path: str | Path, *, image: Volume, classes: Mapping[str, int]) -> npt.NDArray[np.uint8]:
     """The label of `image`, uint8 [Z, Y, X] in canonical axes. Raises DataError where it does not belong to the image:
-    another shape, a corner of its grid off by more than 0.1 of the smallest voxel size, values not in `classes`."""
+    another shape, a corner of its grid off by more than 0.1 of the smallest voxel size, values not in `classes`. It
+    may be stored with its axes in another order or direction than the image."""
     path = Path(path)
     native, array = _read(path)
-    if native.shape != image.native.shape:
-        raise DataError(
-            "label and image differ in shape", where=path.name, value=native.shape, rule=f"image: {image.native.shape}"
-        )
-    off_mm = _largest_corner_distance_mm(native, image.native)
-    tolerance_mm = LABEL_GRID_TOLERANCE * min(image.geometry.spacing_mm)
-    if off_mm > tolerance_mm:
-        raise DataError(
-            "label and image differ in affine",
-            where=path.name,
-            value=f"a corner {off_mm:.3g} mm off",
-            rule=f"at most {tolerance_mm:.3g} mm, {LABEL_GRID_TOLERANCE} of the smallest voxel size",
-            fix="resample the label to the image's grid",
-        )
-    values = np.unique(array)
+    label = label_on_image(path.name, native, array, image=image)
+    values = np.unique(label)
     if not np.array_equal(values, np.rint(values)):
         wrong = values[values != np.rint(values)][0]
         raise DataError("label values are not whole numbers", where=path.name, value=wrong, rule="one class a voxel")
@@ -64,7 +51,51 @@ def read_label(path: str | Path, *, image: Volume, classes: Mapping[str, int]) -
     if unknown:
         rule = f"values of the classes {dict(classes)}"
         raise DataError("label holds unknown classes", where=path.name, value=unknown[:5], rule=rule)
-    return image.native.to_canonical(array.astype(np.uint8))
+    return label.astype(np.uint8)
+
+
+def read_masks(
+    masks: Sequence[tuple[str, Path]], *, image: Volume, classes: Mapping[str, int]
+) -> npt.NDArray[np.uint8]:
+    """The label of `image` from one binary file a class, as (class, file); checks as in `read_label`. Where masks
+    overlap the class of the larger value counts."""
+    label = np.zeros(image.array.shape, np.uint8)
+    for name, path in masks:
+        native, array = _read(path)
+        mask = label_on_image(path.name, native, array, image=image)
+        values = np.unique(mask)
+        if len(values[values != 0]) > 1:
+            rule = "0 outside the structure, one other value inside"
+            raise DataError("not a binary mask", where=path.name, value=values[:5].tolist(), rule=rule)
+        np.maximum(label, np.where(mask != 0, np.uint8(classes[name]), np.uint8(0)), out=label)
+    return label
+
+
+def label_on_image(name: str, native: NativeGrid, array: npt.NDArray[Any], *, image: Volume) -> npt.NDArray[Any]:
+    """`array` of the grid `native` as [Z, Y, X] on the image's canonical grid, never interpolated. Raises DataError,
+    naming `name`, where the two are not the same voxels."""
+    tolerance_mm = LABEL_GRID_TOLERANCE * min(image.geometry.spacing_mm)
+    ours, theirs = native.geometry, image.geometry
+    off_mm = None
+    if native.shape == image.native.shape:
+        off_mm = _largest_corner_distance_mm(native.shape, native.affine, image.native.affine)
+        if off_mm <= tolerance_mm:
+            return image.native.to_canonical(array)
+    if ours.shape == theirs.shape:
+        canonical_off_mm = _largest_corner_distance_mm(ours.shape, ours.affine, theirs.affine)
+        if canonical_off_mm <= tolerance_mm:
+            return native.to_canonical(array)
+        off_mm = canonical_off_mm if off_mm is None else min(off_mm, canonical_off_mm)
+    if off_mm is None:
+        rule = f"image: {image.native.shape}"
+        raise DataError("label and image differ in shape", where=name, value=native.shape, rule=rule)
+    raise DataError(
+        "label and image differ in affine",
+        where=name,
+        value=f"a corner {off_mm:.3g} mm off",
+        rule=f"at most {tolerance_mm:.3g} mm, {LABEL_GRID_TOLERANCE} of the smallest voxel size",
+        fix="resample the label to the image's grid",
+    )
 
 
 def write_nifti(path: str | Path, array: npt.NDArray[Any], native: NativeGrid) -> None:
@@ -78,34 +109,36 @@ def write_nifti(path: str | Path, array: npt.NDArray[Any], native: NativeGrid) -
         # ITK prefers the qform where both exist, and a quaternion cannot hold shear: only write one that is exact.
         image.set_qform(native.affine, code=1)
     image.header.set_xyzt_units("mm")
-    content = image.to_bytes()
-    if path.name.lower().endswith(".gz"):
-        content = gzip.compress(content, compresslevel=6, mtime=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            if path.name.lower().endswith(".gz"):
+                # No time stamp and no name: equal arrays are equal bytes.
+                with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as packed:
+                    _stream(image.header, array, packed)
+            else:
+                _stream(image.header, array, file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of the file's bytes. Raises DataError where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError("not readable", where=Path(path).name, value=error.strerror) from error
+def _stream(header: Any, array: npt.NDArray[Any], file: Any) -> None:
+    """What nibabel writes of an unscaled array, slice by slice: it would make a copy of the volume on the way."""
+    header.set_slope_inter(1, 0)
+    header.set_data_offset(header.single_vox_offset)
+    file.write(header.binaryblock)
+    file.write(bytes(header.single_vox_offset - header.sizeof_hdr))  # no extension follows
+    dtype = header.get_data_dtype()
+    for last in range(array.shape[-1]):
+        file.write(array[..., last].astype(dtype, copy=False).tobytes(order="F"))
 
 
 def _read(path: Path) -> tuple[NativeGrid, npt.NDArray[Any]]:
     """Grid and values in native axis order, every value finite."""
     name = path.name
-    try:
-        file_nbytes = path.stat().st_size
-    except OSError as error:
-        raise DataError("not readable", where=name, value=error.strerror, fix="check the path") from error
+    file_nbytes = file_size(path)
     if file_nbytes == 0:
         raise DataError("empty file", where=name, value="0 bytes", fix="copy it again")
     try:
@@ -117,7 +150,7 @@ def _read(path: Path) -> tuple[NativeGrid, npt.NDArray[Any]]:
         raise DataError("not readable as NIfTI", where=name, value=why, fix="copy or convert it again") from error
     shape = _check_header(name, full_shape, dtype, file_nbytes)
     affine = np.asarray(image.affine, np.float64)
-    _check_affine(name, affine)
+    check_affine(name, affine)
     try:
         array = np.asanyarray(image.dataobj).reshape(shape)
     except (EOFError, OSError, zlib.error, ValueError) as error:
@@ -133,35 +166,27 @@ def _read(path: Path) -> tuple[NativeGrid, npt.NDArray[Any]]:
 def _check_header(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], file_nbytes: int) -> Shape:
     """The 3-D shape; refuses before anything of the claimed size is read."""
     if len(shape) < 3 or any(n != 1 for n in shape[3:]):
-        raise DataError(f"{len(shape)}-D image", where=name, value=shape, rule="3-D", fix="split or stack it into 3-D")
-    voxels = 1
-    for n in shape:
-        voxels *= n
-    if min(shape) < 1 or voxels > MAX_VOXELS:
-        raise DataError(
-            "damaged header", where=name, value=shape, rule=f"1 to {MAX_VOXELS} voxels", fix="copy it again"
-        )
+        what = f"{len(shape)}-D image" + (": more than one channel or time" if len(shape) > 3 else "")
+        raise DataError(what, where=name, value=shape, rule="3-D, one channel", fix="split or stack it into 3-D")
     if dtype.kind not in "iufb":
         raise DataError("voxels are not numbers of one channel", where=name, value=dtype, rule="integers or floats")
-    most = file_nbytes * (MAX_GZIP_RATIO if name.lower().endswith(".gz") else 1)
-    if voxels * dtype.itemsize > most:
-        claimed = f"{voxels * dtype.itemsize} bytes in a file of {file_nbytes}"
-        raise DataError("header claims more than the file holds", where=name, value=claimed, fix="copy it again")
+    most = file_nbytes * (MAX_DEFLATE_RATIO if name.lower().endswith(".gz") else 1)
+    check_size(name, shape, dtype.itemsize, at_most_nbytes=most)
     return shape3(shape[:3])
 
 
-def _check_affine(name: str, affine: npt.NDArray[np.float64]) -> None:
+def check_affine(name: str, affine: Affine) -> None:
+    """Raises DataError for an affine that is no grid: `name` says whose."""
     rule = "an invertible affine: three axes of positive voxel size, none along another"
-    fix = "mend sform and qform of the header"
     with np.errstate(all="ignore"):
         lengths = np.linalg.norm(affine[:3, :3], axis=0)
         usable = bool(np.isfinite(affine).all() and lengths.min() > 1e-6)
         if not usable or abs(float(np.linalg.det(affine[:3, :3] / lengths))) < 1e-3:
+            fix = "mend the header's geometry"
             raise DataError("unusable affine", where=name, value=affine[:3].tolist(), rule=rule, fix=fix)
 
 
-def _largest_corner_distance_mm(one: NativeGrid, other: NativeGrid) -> float:
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in one.shape], indexing="ij")).reshape(3, -1)  # [3, 8]
+def _largest_corner_distance_mm(shape: Shape, one: Affine, other: Affine) -> float:
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij")).reshape(3, -1)  # [3, 8]
     homogeneous = np.vstack([corners, np.ones((1, corners.shape[1]))])
-    difference = (one.affine - other.affine) @ homogeneous
-    return float(np.linalg.norm(difference[:3], axis=0).max())
+    return float(np.linalg.norm(((one - other) @ homogeneous)[:3], axis=0).max())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ class Placement:
 
     body: npt.NDArray[np.int32]
     foreground: dict[str, npt.NDArray[np.int32]]  # class name -> voxels, of labelled scans
+    intensities: dict[str, FloatArray] = field(default_factory=dict)  # of those voxels, float32 [n], as stored
 
 
 class PatchReader:
@@ -43,11 +44,16 @@ class PatchReader:
         self._cohort = cohort
         self._spacing = tuple(float(s) for s in spacing_mm)
         self._intensity = intensity
-        self._room_nbytes = memory_nbytes
+        self._memory_nbytes = self._room_nbytes = memory_nbytes
         self._scans: dict[str, Scan] = {}
         self._images: dict[str, npt.NDArray[np.generic]] = {}
         self._labels: dict[str, LabelArray] = {}
         self._placements: dict[str, Placement] = {}
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Of the volumes kept in RAM so far."""
+        return self._memory_nbytes - self._room_nbytes
 
     def shape(self, scan_id: str) -> tuple[int, int, int]:
         """Of the scan on the run's grid."""
@@ -62,6 +68,7 @@ class PatchReader:
                 foreground={
                     n: self._to_run_grid(scan, f.samples) for n, f in scan.foreground.items() if len(f.samples)
                 },
+                intensities={n: f.values for n, f in scan.foreground.items() if len(f.samples)},
             )
         return self._placements[scan_id]
 

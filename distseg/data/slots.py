@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from distseg.data.augment import Augmentation, FloatArray, LabelArray
 from distseg.data.keys import Purpose, generator
+from distseg.data.lattice import LabelledPatches
 from distseg.data.patches import PatchReader
 
 IntArray = npt.NDArray[np.int32]
@@ -34,6 +35,7 @@ class SlotSampler:
 
     Args:
         labelled, unlabelled: scan ids, in an order that is the same on every rank.
+        patches: where labels may be looked at, if not in all of the labelled scans.
         doubt: the list of centres that serves a step, of which `doubt_share` of the unlabelled patches are drawn.
         purpose: what the labelled patches are for; another one draws others.
     """
@@ -48,6 +50,7 @@ class SlotSampler:
         foreground_share: float,
         augmentation: Augmentation,
         seed: int,
+        patches: LabelledPatches | None = None,
         doubt_share: float = 0.0,
         doubt: Callable[[int], Sequence[Centre]] | None = None,
         purpose: Purpose = Purpose.LABELLED_PATCH,
@@ -55,10 +58,13 @@ class SlotSampler:
         self.labelled, self.unlabelled, self.seed = tuple(labelled), tuple(unlabelled), seed
         self._reader, self._size = reader, tuple(int(n) for n in patch_zyx)
         self._foreground_share, self._augmentation = foreground_share, augmentation
-        self._doubt_share, self._doubt, self._purpose = doubt_share, doubt, purpose
+        self._patches, self._doubt_share, self._doubt, self._purpose = patches, doubt_share, doubt, purpose
 
     def labelled_patch(self, step: int, slot: int) -> Patch:
         rng = generator(self.seed, self._purpose, step, slot)
+        if self._patches is not None:
+            scan_id, start = self._patches.draw(rng, foreground_share=self._foreground_share)
+            return self._cut(scan_id, start, rng, with_label=True)
         scan_id = self.labelled[int(rng.integers(len(self.labelled)))]
         placement = self._reader.placement(scan_id)
         on_foreground = bool(rng.random() < self._foreground_share) and bool(placement.foreground)
@@ -67,6 +73,10 @@ class SlotSampler:
 
     def reference_patch(self, labelled: Patch, step: int, slot: int) -> Patch | None:
         """A patch of the labelled patch's scan that contains foreground; None if the scan has none."""
+        if self._patches is not None:
+            rng = generator(self.seed, Purpose.REFERENCE_PATCH, step, slot)
+            place = self._patches.with_foreground(labelled.scan_id, rng)
+            return None if place is None else self._cut(*place, rng, with_label=True)
         if not self._reader.placement(labelled.scan_id).foreground:
             return None
         rng = generator(self.seed, Purpose.REFERENCE_PATCH, step, slot)

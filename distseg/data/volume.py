@@ -96,11 +96,14 @@ class NativeGrid:
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         return Geometry(shape3(self.shape[native] for native in self.permutation), spacing3(spacing), affine)
 
+    def canonical_view(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Native axis order seen as [Z, Y, X]: writing to the view writes to `array`."""
+        self.expect(array, self.shape, "native")
+        return np.flip(np.transpose(array, self.permutation), tuple(c for c, flip in enumerate(self.flips) if flip))
+
     def to_canonical(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Native axis order -> [Z, Y, X], contiguous."""
-        self.expect(array, self.shape, "native")
-        flipped_axes = tuple(c for c, flip in enumerate(self.flips) if flip)
-        return np.ascontiguousarray(np.flip(np.transpose(array, self.permutation), flipped_axes))
+        return np.ascontiguousarray(self.canonical_view(array))
 
     def from_canonical(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """[Z, Y, X] at native spacing -> native axis order, contiguous."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import time
 from types import TracebackType
 
 import ray
+import ray.autoscaler.sdk
 
 from distseg.errors import InputError
 
 # Set before Ray starts and only where the user has not: no usage report leaves the machine, and a task that asks for
 # no GPU keeps what CUDA_VISIBLE_DEVICES says (Ray's own coming default, which otherwise warns at each start).
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+_REACH_TIMEOUT_S = 10.0
+_POLL_S = 2.0
 
 
 class Connection:
@@ -47,6 +52,7 @@ def connect(
         address = os.environ.get("RAY_ADDRESS")
         try:
             if address:
+                _reach(address)
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             else:
                 ray.init(
@@ -68,8 +74,44 @@ def connect(
     return connection
 
 
+def _wait_for_nodes(each_worker: dict[str, float], workers: int) -> None:
+    """Ask the autoscaler for all workers at once, and wait for their nodes; at once where they are there."""
+    seconds = os.environ.get("DISTSEG_WAIT_FOR_NODES_S", "0")
+    if not seconds.isdigit():
+        rule, fix = "whole seconds", "set DISTSEG_WAIT_FOR_NODES_S=1200, or unset it"
+        raise InputError("not a number", where="DISTSEG_WAIT_FOR_NODES_S", value=seconds, rule=rule, fix=fix)
+    deadline = time.monotonic() + int(seconds)
+    asked = False
+    while time.monotonic() < deadline:
+        has = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray leaves it without hints
+        if all(workers * share <= has.get(kind, 0.0) for kind, share in each_worker.items()):
+            break
+        if not asked:
+            ray.autoscaler.sdk.request_resources(bundles=[each_worker] * workers)
+            asked = True
+        time.sleep(_POLL_S)
+    if asked:  # a request outlives its job; from here on the workers themselves hold their nodes
+        ray.autoscaler.sdk.request_resources(bundles=[])
+
+
+def _reach(address: str) -> None:
+    """Raises ConnectionError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or "://" in address or not port.isdigit():
+        return  # "auto", or a Ray client's address
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(str(error)) from error
+
+
 def check_resources(*, workers: int, gpus_per_worker: float = 0.0, cpus_per_worker: float = 1.0) -> None:
-    """Raises InputError where `workers` do not fit the connected cluster at once."""
+    """Raises InputError where `workers` do not fit the connected cluster at once.
+
+    On a cluster that grows, DISTSEG_WAIT_FOR_NODES_S says how long its autoscaler may take to bring what is missing.
+    """
+    each_worker = {kind: share for kind, share in (("CPU", cpus_per_worker), ("GPU", gpus_per_worker)) if share > 0}
+    _wait_for_nodes(each_worker, workers)
     has = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray leaves it without hints
     for kind, each in (("CPU", cpus_per_worker), ("GPU", gpus_per_worker)):
         needed, there = workers * each, float(has.get(kind, 0.0))

@@ -161,6 +161,8 @@ class RayReferences:
         self._owner: Any = ray.get_actor(owner_name(config.run), namespace=NAMESPACE)
         self._pending: dict[int, tuple[int, Share]] = {}
         self._offered_to: dict[int, str] = {}
+        self._calls: dict[int, Any] = {}
+        self._node_index: Any = None
 
     def has(self, version: int) -> bool:
         return self._folder.has(version)
@@ -183,6 +185,7 @@ class RayReferences:
         self._wait(version)
         for done in [v for v in self._pending if v <= version]:
             del self._pending[done]
+            self._calls.pop(done, None)
 
     def discard(self, *, before: int | None = None, after: int | None = None) -> None:
         ray.get(self._owner.discard.remote(before, after))
@@ -191,7 +194,7 @@ class RayReferences:
         step, share = self._pending[version]
         self._offered_to[version] = ray.get(self._owner.ready.remote(version))[1]
         c = self._communicator
-        self._owner.offer.remote(version, step, share, c.rank, c.world_size)
+        self._calls[version] = self._owner.offer.remote(version, step, share, c.rank, c.world_size)
 
     def _wait(self, version: int) -> None:
         """Until a version is on disk. A call to an owner that has died waits until Ray has started it again."""
@@ -203,9 +206,17 @@ class RayReferences:
                 self._folder.read(version, self._device)  # says what is missing
             if life != self._offered_to.get(version):
                 self._send(version)
+            if ray.wait([self._calls[version]], timeout=0)[0]:
+                ray.get(self._calls[version])  # raises what went wrong in the owner, such as a full disk
             time.sleep(_POLL_S)
 
     def _on_this_node(self) -> Any:
+        """The node's actor, made by the first who asks; held, for it ends with the last handle of its maker."""
+        if self._node_index is None:
+            self._node_index = self._make_node_index()
+        return self._node_index
+
+    def _make_node_index(self) -> Any:
         node = ray.get_runtime_context().get_node_id()
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
         actor: Any = ray.remote(NodeIndex)

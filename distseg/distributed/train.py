@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -26,6 +26,7 @@ from distseg.distributed.index_service import RayReferences, start_owner
 from distseg.errors import DistsegError
 from distseg.methods import uses_bank
 from distseg.training.checkpoint import newest_step
+from distseg.training.dry_run import DryRun, steps_of_same_run, trial
 from distseg.training.loop import TrainResult, set_threads, train_rank
 from distseg.training.progress import TerminalReporter
 from distseg.training.reduce import TorchDistributed
@@ -39,16 +40,18 @@ MAX_CONTROLLER_FAILURES = 3  # by default Ray tries for ever to find resources
 _POLL_S = 0.5
 
 
-def train_on_ray(config: TrainRunConfig) -> TrainResult:
-    """Train on `resources.workers` Ray Train workers, from the newest checkpoint of the run directory."""
+def train_on_ray(config: TrainRunConfig, *, cpus_per_worker: int | None = None) -> TrainResult:
+    """Train on `resources.workers` Ray Train workers, from the newest checkpoint of the run directory.
+
+    `cpus_per_worker`: None shares out all that the cluster has.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     resources = config.resources
-    cores = len(os.sched_getaffinity(0))
     with connect(workers=resources.workers, gpus_per_worker=resources.gpus_per_worker):
         run, plan = open_run(config)
         resumed_from = newest_step(run.checkpoints)
-        cpus = max(1, min(cores, int(ray.cluster_resources().get("CPU", cores))) // resources.workers)  # type: ignore[no-untyped-call]  # Ray has no hints
+        cpus = cpus_per_worker or _cpus_per_worker(resources.workers)
         # Held: the actor lives as long as its handle.
         _owner = (
             start_owner(config, run.path / "bank", num_classes=plan.num_classes, scan_ids=plan.labelled)
@@ -78,6 +81,27 @@ def train_on_ray(config: TrainRunConfig) -> TrainResult:
             except ray.train.TrainingFailedError as error:
                 raise _ours(error) from error
         return TrainResult(config.run, config.train.steps, resumed_from, run.last_metrics() or {})
+
+
+def dry_run_on_ray(config: TrainRunConfig) -> DryRun:
+    """One worker's trial, as a task with a worker's share of CPUs and GPUs. Nothing is written to the run directory."""
+    resources = config.resources
+    steps_done = steps_of_same_run(config)
+    with connect(workers=resources.workers, gpus_per_worker=resources.gpus_per_worker):
+        cpus = _cpus_per_worker(resources.workers)
+        task = ray.remote(cast(Any, trial)).options(num_cpus=cpus, num_gpus=resources.gpus_per_worker, max_retries=0)
+        try:
+            found: DryRun = ray.get(task.remote(to_plain(config), threads=cpus, steps_done=steps_done))
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            raise cause if isinstance(cause, DistsegError) else error from error
+    return found
+
+
+def _cpus_per_worker(workers: int) -> int:
+    """This machine's cores, or the cluster's where it has fewer, over the workers."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, int(ray.cluster_resources().get("CPU", cores))) // workers)  # type: ignore[no-untyped-call]  # Ray has no hints
 
 
 def train_fn_per_worker(plain: dict[str, Any]) -> None:

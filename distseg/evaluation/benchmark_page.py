@@ -11,12 +11,13 @@ from distseg.evaluation.benchmark_tables import SIGNIFICANT, Reading
 from distseg.evaluation.page import Picture, document, failures_html, glossary, heading, picture_html, section
 
 SEEDS_TO_RANK = 3  # METHOD section 5
-_TEXT_COLUMNS = ("Metric", "Reads", "State")
+_TEXT_COLUMNS = ("Metric", "Reads", "State", "Passes per step")
 
 
 @dataclass(frozen=True)
 class BenchmarkPage:
-    """`subsets` are the labelled ids by count; `detectable_sd` is in sd of the paired difference."""
+    """`subsets` are the labelled ids and `titles` the words, by the subset's name; `detectable_sd` is in sd of the
+    paired difference."""
 
     name: str
     description: str
@@ -24,7 +25,8 @@ class BenchmarkPage:
     split: str
     scans: int
     seeds: Sequence[int]
-    subsets: Mapping[int, Sequence[str]]
+    subsets: Mapping[int | str, Sequence[str]]
+    titles: Mapping[int | str, str]
     readings: Sequence[Reading]
     network: str
     comparisons: int
@@ -37,12 +39,12 @@ class BenchmarkPage:
 
 
 def render_page(page: BenchmarkPage) -> str:
-    counts = dict.fromkeys(reading.labelled for reading in page.readings)
+    names = dict.fromkeys(reading.labelled for reading in page.readings)
     every_cell = f"<details><summary>Every cell</summary>{_table(page.cells)}</details>"
     parts = [
         heading("Benchmark", page.name, _lead(page)),
         failures_html("Failed, and in no table here; the same command tries them again", page.failed),
-        *(_results(page, count) for count in counts),
+        *(_results(page, name) for name in names),
         section("How to read this", _how_to_read()),
         section("The same slice by every row", "".join(map(picture_html, page.anatomy))),
         section("How they trained", "".join(map(picture_html, page.curves))),
@@ -60,10 +62,11 @@ def markdown_head(page: BenchmarkPage) -> str:
 
 def _what(page: BenchmarkPage) -> str:
     seeds = f"{len(page.seeds)} seeds" if len(page.seeds) > 1 else "one seed"
-    counts = " and ".join(map(str, page.subsets))
+    *others, last = page.titles.values()
+    labels = f"{', '.join(others)} and {last}" if others else last
     about = f"{page.description[:1].upper()}{page.description[1:]}. " if page.description else ""
     return (
-        f"{about}Trained on {counts} labelled scans of the cohort {page.cohort} and all its others as unlabelled, with "
+        f"{about}Trained on {labels} of the cohort {page.cohort}, all the rest of it unlabelled, with "
         f"{seeds}; measured on the {page.scans} annotated scans of the split “{page.split}”, in their native grids, at "
         "the last checkpoint: nothing was selected on them."
     )
@@ -87,15 +90,15 @@ def _lead(page: BenchmarkPage) -> str:
     return f"<p class=lead>{escape(_what(page))}</p><p class=note>{escape(_power(page))}</p>"
 
 
-def _results(page: BenchmarkPage, count: int) -> str:
+def _results(page: BenchmarkPage, name: int | str) -> str:
     """The tested network as predicted first and open; the other readings follow under it."""
-    readings = [reading for reading in page.readings if reading.labelled == count]
+    readings = [reading for reading in page.readings if reading.labelled == name]
     first = [r for r in readings if r.network == page.network and r.component == "all"]
     rest = [r for r in readings if r not in first]
     others = "".join(_reading(reading) for reading in rest)
-    ids = ", ".join(page.subsets[count])
+    ids = ", ".join(page.subsets[name])
     body = "".join(_reading(reading) for reading in first) + others + f"<p class=note>Labelled: {escape(ids)}.</p>"
-    return section(f"{count} labelled scan{'s' if count != 1 else ''}", body)
+    return section(page.titles[name], body)
 
 
 def _reading(reading: Reading) -> str:

@@ -38,10 +38,10 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class RunScores:
-    """One run of the benchmark: `lines` are those of its per_scan.csv, as read."""
+    """One run of the benchmark: `labelled` names its subset, `lines` are those of its per_scan.csv, as read."""
 
     row: str
-    labelled: int
+    labelled: int | str
     seed: int
     lines: Sequence[Mapping[str, str]]
 
@@ -59,7 +59,7 @@ class Verdict:
 class Reading:
     """Everything by metric; `seeds` and `missed` (objects over all seeds and scans) by row."""
 
-    labelled: int
+    labelled: int | str
     network: str
     component: str
     class_name: str
@@ -88,7 +88,7 @@ def make_readings(
 
 
 def _reading(
-    key: tuple[int, str, str, str],
+    key: tuple[int | str, str, str, str],
     runs: Sequence[RunScores],
     *,
     seeds: Sequence[int],

@@ -28,6 +28,7 @@ VIEW_MARGIN_MM = 40.0
 SCALE_BAR_MM = 50.0
 
 INK = "#1f2933"
+OUTLINED = ("truth (annotation)", "prediction")
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def grey_window(image: np.ndarray, modality: str) -> tuple[float, float]:
     return float(low), float(max(high, low + 1e-6))
 
 
-def scan_figure(planes: Sequence[Plane], *, window: tuple[float, float]) -> Figure:
-    """Three planes side by side at one scale on black, truth and prediction outlined."""
+def scan_figure(planes: Sequence[Plane], *, window: tuple[float, float], names: tuple[str, str] = OUTLINED) -> Figure:
+    """Three planes side by side at one scale on black, truth and prediction outlined; `names` is what these are."""
     widths = [plane.extent_mm[0] for plane in planes]
     height_mm = max(plane.extent_mm[1] for plane in planes)
     width_inch, gap_inch, legend_inch = 9.6, 0.06, 0.34
@@ -127,7 +128,8 @@ def scan_figure(planes: Sequence[Plane], *, window: tuple[float, float]) -> Figu
         axes.text(0.02, 0.98, title, va="top", **_WRITING, transform=axes.transAxes)
         left += width * scale + gap_inch
     _draw_scale_bar(figure.axes[0], widths[0], sum(figure.axes[0].get_ylim()) / 2 + height_mm / 2)
-    figure.legend(handles=_outline_handles(), loc="lower center", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
+    handles = _outline_handles(names)
+    figure.legend(handles=handles, loc="lower center", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 
@@ -210,10 +212,10 @@ def _draw_plane(axes: Axes, plane: Plane, window: tuple[float, float], *, letter
         spine.set_visible(False)
 
 
-def _outline_handles() -> list[Line2D]:
+def _outline_handles(names: tuple[str, str] = OUTLINED) -> list[Line2D]:
     return [
-        Line2D([], [], color=TRUTH_COLOUR, linewidth=2.4, label="truth (annotation)"),
-        Line2D([], [], color=PREDICTION_COLOUR, linewidth=1.6, label="prediction"),
+        Line2D([], [], color=TRUTH_COLOUR, linewidth=2.4, label=names[0]),
+        Line2D([], [], color=PREDICTION_COLOUR, linewidth=1.6, label=names[1]),
     ]
 
 

@@ -50,6 +50,11 @@ class ModelInfo:
     threshold_nats: float  # the run's reliability threshold at T = 0, for label
     step: int
     checkpoint: str  # last or val: how this step was chosen
+    # How the teacher's passes were made, for label; the defaults are those of models written before it was kept.
+    passes: int = 5
+    teacher_noise_sigma: float = 0.01
+    teacher_noise_clip: float | None = None
+    uncertainty: str = "mean_of_entropies"
 
 
 @dataclass(frozen=True)

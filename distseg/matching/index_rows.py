@@ -6,7 +6,7 @@ Shapes: R rows of the table, R_c those of class c, K classes, E embedding width,
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn import functional
 from distseg.errors import ConfigError, DataError
 
 SIMILARITIES = ("cosine", "euclid")
+_LONGEST = 1e18  # an embedding: squared distances between two of them are still float32
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class ClassRows:
     ids: tuple[Tensor, ...]  # K of int64 [R_c], ascending: rows of the whole table
     centre: Tensor  # float32 [E]: the table's mean under euclid (distances cancel less around it), else 0
     device: torch.device
+
+    def without_values(self) -> ClassRows:
+        """For an index that keeps its own copy of them."""
+        return replace(self, values=())
 
     def prepare(self, queries: Tensor, k: int) -> Tensor:
         """Queries [N, E] as float32 on the rows' device, ready to be compared with `values`; checks them and k.
@@ -106,13 +111,13 @@ def table_digest(embeddings: Tensor, classes: Tensor) -> str:
 
 
 def _check_finite(rows: Tensor, name: str) -> None:
-    """Squared lengths rather than elements: they are what a search adds up, and one pass finds overflow as well."""
-    finite = torch.isfinite(rows.square().sum(1))
-    if not finite.all():
-        bad = (~finite).nonzero().flatten()
+    """Squared lengths rather than elements: sums of them must not overflow, and a comparison finds NaN as well."""
+    sound = rows.square().sum(1) < _LONGEST**2
+    if not sound.all():
+        bad = (~sound).nonzero().flatten()
         raise DataError(
             f"{name} embeddings are not finite",
             where=f"row {int(bad[0])}",
-            value=f"{len(bad)} of {len(rows)} rows with NaN, infinity or a length beyond float32",
-            fix="look at the loss of the steps before (a diverged network), or lower optimizer.lr",
+            value=f"{len(bad)} of {len(rows)} rows with NaN, infinity or a length over {_LONGEST:g}",
+            fix="look at the loss of the steps before (a network that diverged), or lower optimizer.lr",
         )

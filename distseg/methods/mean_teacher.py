@@ -11,7 +11,6 @@ import torch
 
 from distseg.data.batch import Batch
 from distseg.losses.consistency import consistency_loss
-from distseg.losses.schedules import ramp_up
 from distseg.methods.base import At, Method, Targets, Terms, share
 from distseg.networks.best_class import best_class
 from distseg.networks.stochastic import Generators
@@ -22,7 +21,7 @@ class MeanTeacher(Method):
     """One stochastic teacher pass a step; consistency on unlabelled patches only."""
 
     def weights(self, at: At) -> dict[str, float]:
-        return {"consistency": ramp_up(at.step, at.total_steps, self.config.weight_consistency)}
+        return {"consistency": self.consistency_weight(at)}
 
     @property
     def teacher_passes(self) -> int:

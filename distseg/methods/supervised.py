@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from distseg.data.batch import Batch
-from distseg.methods.base import At, Method, Targets, Terms
-from distseg.networks.stochastic import Generators
-from distseg.networks.unet import NetworkOutput, UNet3D
+from distseg.methods.base import At, Method
 
 
 class Supervised(Method):
@@ -15,9 +12,3 @@ class Supervised(Method):
 
     def weights(self, at: At) -> dict[str, float]:
         return {}
-
-    def teach(self, teacher: UNet3D, batch: Batch, at: At, generators: Generators | None) -> Targets:
-        return Targets()
-
-    def terms(self, output: NetworkOutput, targets: Targets) -> Terms:
-        return Terms({})

@@ -6,12 +6,13 @@ Shapes: B images, M passes, K classes, Z Y X voxels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from distseg.networks.dropout import dropout_active, keyed
-from distseg.networks.unet import UNet3D
+from distseg.networks.unet import NetworkOutput, UNet3D
 
 Generators = Sequence[torch.Generator]
 
@@ -32,27 +33,42 @@ def stochastic_logits(
 ) -> Tensor:
     """`passes` logits with dropout on and input noise: [B, 1, Z, Y, X] -> [M, B, K, Z, Y, X].
 
-    Where dropout begins late (`network.dropout`), all before it runs once, on one draw of noise, for all passes. As many
-    passes run as one batch as the device is fast with, so memory does not grow with M, but for the logits.
+    Where dropout begins late (`network.dropout`), all before it runs once, on one draw of noise, for all passes. As
+    many passes run as one batch as the device is fast with, so memory does not grow with M, but for the logits.
 
     Args:
         generators: M * B of them, pass by pass; None draws from torch's global generator.
     """
+    outputs = pass_outputs(
+        network, image, passes=passes, noise_sigma=noise_sigma, noise_clip=noise_clip, generators=generators
+    )
+    logits = torch.cat([output.logits for output in outputs])
+    return logits.view(passes, image.shape[0], *logits.shape[1:])
+
+
+def pass_outputs(
+    network: UNet3D,
+    image: Tensor,
+    *,
+    passes: int,
+    noise_sigma: float,
+    noise_clip: float | None = None,
+    generators: Generators | None = None,
+) -> Iterator[NetworkOutput]:
+    """The passes of `stochastic_logits`, a few at a time as one batch [m * B, ...], pass by pass."""
     batch = image.shape[0]
-    logits = []
-    with dropout_active(network):
-        if network.dropout != "all":
-            first = None if generators is None else generators[:batch]
-            shared = network.before_dropout(add_noise(image, noise_sigma, noise_clip, first))
-        for start, count in _groups(image, passes):
-            draws = None if generators is None else generators[start * batch : (start + count) * batch]
-            with keyed(network, draws):
-                if network.dropout != "all":
-                    output = network.after_dropout([_repeated(x, count) for x in shared])
-                else:
-                    output = network(add_noise(_repeated(image, count), noise_sigma, noise_clip, draws))
-            logits.append(output.logits)
-    return torch.cat(logits).view(passes, batch, *logits[0].shape[1:])
+    shared: list[Tensor] | None = None
+    for start, count in _groups(image, passes):
+        draws = None if generators is None else generators[start * batch : (start + count) * batch]
+        with dropout_active(network), keyed(network, draws):
+            if network.dropout != "all":
+                if shared is None:
+                    first = None if draws is None else draws[:batch]
+                    shared = network.before_dropout(add_noise(image, noise_sigma, noise_clip, first))
+                output = network.after_dropout([_repeated(x, count) for x in shared])
+            else:
+                output = network(add_noise(_repeated(image, count), noise_sigma, noise_clip, draws))
+        yield output
 
 
 def _groups(image: Tensor, passes: int) -> Iterator[tuple[int, int]]:
@@ -61,7 +77,7 @@ def _groups(image: Tensor, passes: int) -> Iterator[tuple[int, int]]:
     at_once = max(1, _VOXELS_AT_ONCE.get(image.device.type, voxels) // voxels)
     parts = max(1, passes // max(at_once, -(-2 // image.shape[0])))
     starts = [passes * part // parts for part in range(parts + 1)]
-    yield from ((first, after - first) for first, after in zip(starts, starts[1:], strict=False))
+    yield from ((first, after - first) for first, after in pairwise(starts))
 
 
 def _repeated(x: Tensor, count: int) -> Tensor:

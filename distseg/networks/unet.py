@@ -8,7 +8,8 @@ dropout by element after every convolution but the output's (Xie et al. 2024, se
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from monai.networks.blocks.acti_norm import ADN
@@ -18,6 +19,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from distseg.networks import dropout as _registers_keyed  # noqa: F401  # MONAI's factory learns "keyed" on import
+
+PASSES = ("encode", "decode", "before_dropout", "after_dropout")  # the network's own parts of a forward pass
 
 
 class NetworkOutput(NamedTuple):
@@ -49,7 +52,8 @@ class UNet3D(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.dropout_rate = dropout, dropout_rate
+        self.num_classes = num_classes
         self.stride = 2 ** (levels - 1)
         self.activation_checkpointing = activation_checkpointing
         encoder_rate = dropout_rate if dropout == "all" else 0.0
@@ -61,16 +65,14 @@ class UNet3D(nn.Module):
         )
         self.pool = nn.MaxPool3d(2)
         self.embedding_width = 2 * base_filters
-        widths = [self.embedding_width, *second[1:]]  # of each level's last map
-        self.up = nn.ModuleList(_block(width, width, dropout_rate, transposed=True) for width in reversed(widths[1:]))
-        self.decoder = nn.ModuleList(
-            _level(skip + above, width, width, dropout_rate)
-            for skip, above, width in reversed(list(zip(second, widths[1:], widths, strict=False)))
-        )
+        self.encoder_widths = tuple(second)  # of each level's encoder map, finest first
+        self.decoder_widths = (self.embedding_width, *second[1:])  # of each level's last map
+        up, decoder = decoder_stack(self.encoder_widths, self.decoder_widths, dropout_rate)
+        self.up, self.decoder = nn.ModuleList(up), nn.ModuleList(decoder)
         self.head = nn.Conv3d(self.embedding_width, num_classes, kernel_size=1)
-        self.apply(_he_initialise)
+        self.apply(he_initialise)
         if dropout == "last":
-            _remove_dropout(self.up, self.decoder[:-1])
+            remove_dropout(self.up, self.decoder[:-1])
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """[B, C, Z, Y, X] -> one map a level, finest first."""
@@ -103,8 +105,8 @@ class UNet3D(nn.Module):
         y = features[-1]
         for up, level, skip in zip(self.up, self.decoder, skips, strict=True):
             y = torch.cat([skip, up(y)], dim=1)
-            y = level(y) if level is not self.decoder[-1] else level[0].conv(y)
-        return [_normed(self.decoder[-1][0], y)]
+            y = level(y) if level is not self.decoder[-1] else _blocks(level)[0].conv(y)
+        return [_normed(_blocks(self.decoder[-1])[0], y)]
 
     def after_dropout(self, shared: list[Tensor]) -> NetworkOutput:
         """One pass from the maps of `before_dropout`, repeated along the batch for several."""
@@ -112,17 +114,36 @@ class UNet3D(nn.Module):
             y, *skips = shared
             for up, level, skip in zip(self.up, self.decoder, skips, strict=True):
                 below = up(y)
-                y = level[0].adn(_part_of(level, below, level[0].conv.in_channels - below.shape[1]).add_(skip))
-                y = level[1](y)
+                first, second = _blocks(level)
+                y = second(first.adn(_part_of(level, below, first.conv.in_channels - below.shape[1]).add_(skip)))
         else:
-            first, second = self.decoder[-1]
+            first, second = _blocks(self.decoder[-1])
             y = second(first.adn.D(shared[0]))
         return NetworkOutput(self.head(y), y)
 
     def _run(self, level: nn.Module, x: Tensor) -> Tensor:
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        out: Tensor = checkpoint(level, x, use_reentrant=False) if recompute else level(x)
-        return out
+        return run_level(level, x, recompute=self.activation_checkpointing)
+
+
+def decoder_stack(skips: Sequence[int], widths: Sequence[int], rate: float) -> tuple[list[nn.Module], list[nn.Module]]:
+    """A decoder's up-convolutions and levels, coarsest first.
+
+    Args:
+        skips: channels that each level but the coarsest takes from the encoder, finest first; 0 where it takes none.
+        widths: of each level's last map, finest first, the coarsest being the encoder's.
+    """
+    up = [_block(width, width, rate, transposed=True) for width in reversed(widths[1:])]
+    levels = [
+        _level(skip + above, width, width, rate)
+        for skip, above, width in reversed(list(zip(skips, widths[1:], widths, strict=False)))
+    ]
+    return up, levels
+
+
+def run_level(level: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
+    """`recompute`: in the backward pass, instead of keeping the level's maps."""
+    out: Tensor = checkpoint(level, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else level(x)
+    return out
 
 
 def _block(in_channels: int, out_channels: int, rate: float, *, transposed: bool = False) -> nn.Module:
@@ -148,7 +169,7 @@ def _level(in_channels: int, middle: int, out_channels: int, rate: float) -> nn.
     return nn.Sequential(_block(in_channels, middle, rate), _block(middle, out_channels, rate))
 
 
-def _remove_dropout(*parts: nn.Module) -> None:
+def remove_dropout(*parts: nn.Module) -> None:
     for part in parts:
         for module in part.modules():
             if isinstance(module, ADN) and hasattr(module, "D"):
@@ -157,18 +178,25 @@ def _remove_dropout(*parts: nn.Module) -> None:
 
 def _part_of(level: nn.Module, x: Tensor, start: int) -> Tensor:
     """What the first convolution of `level` makes of the channels `x`, of which `start` is the first."""
-    conv = level[0].conv  # type: ignore[index]  # a level is a Sequential of blocks
+    conv = _blocks(level)[0].conv
     return functional.conv3d(x, conv.weight[:, start : start + x.shape[1]], padding=conv.padding)
 
 
-def _normed(block: nn.Module, x: Tensor) -> Tensor:
+def _blocks(level: nn.Module) -> tuple[Any, Any]:
+    """A level's two blocks, MONAI's Convolutions: `conv`, then `adn`. MONAI has no types."""
+    first, second = cast(nn.Sequential, level)
+    return first, second
+
+
+def _normed(block: Any, x: Tensor) -> Tensor:
     """What follows the convolution of `block`, without its dropout, which comes last."""
-    for name, layer in block.adn.named_children():  # type: ignore[union-attr, operator]  # MONAI's ADN
+    for name, layer in block.adn.named_children():
         x = layer(x) if name != "D" else x
     return x
 
 
-def _he_initialise(module: nn.Module) -> None:
+def he_initialise(module: nn.Module) -> None:
+    """He et al. 2015 for convolutions, zeros for their biases; for `Module.apply`."""
     if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from distseg.config.schema import TrainRunConfig
 from distseg.data.augment import Augmentation
 from distseg.data.keys import Purpose, generator, torch_generators
+from distseg.data.lattice import LabelledPatches, Place
 from distseg.data.patches import PatchReader
 from distseg.data.slots import SlotSampler
 from distseg.inference.embed import embed_patches
@@ -36,6 +37,7 @@ class ReferenceBuilder:
         reader: PatchReader,
         *,
         labelled: Sequence[str],
+        patches: Sequence[Place] = (),
         spacing_mm: Sequence[float],
         num_classes: int,
         device: torch.device,
@@ -43,6 +45,7 @@ class ReferenceBuilder:
     ) -> None:
         self._config, self._reader = config, reader
         self.labelled, self._num_classes = tuple(labelled), num_classes
+        self._patches = tuple(patches)  # where the labelled scans are labelled; none: everywhere
         self._spacing, self._device, self._dtype = tuple(spacing_mm), device, dtype
         # Prototypes stand for surface references, as in the paper, whatever a bank would draw.
         self._draw = config.references.draw if config.matching.kind == "index" else "surface"
@@ -94,11 +97,13 @@ class ReferenceBuilder:
         return pieces
 
     def _sampler(self, scan: int) -> SlotSampler:
+        size, here = self._config.sampling.patch_zyx, [p for p in self._patches if p[0] == self.labelled[scan]]
         return SlotSampler(
             self._reader,
             labelled=[self.labelled[scan]],
             unlabelled=[],
-            patch_zyx=self._config.sampling.patch_zyx,
+            patch_zyx=size,
+            patches=LabelledPatches(self._reader, here, size) if here else None,
             foreground_share=self._config.sampling.foreground_share,
             augmentation=_NO_AUGMENTATION,
             seed=self._config.seed,

@@ -2,6 +2,7 @@
 
 checkpoints/step_0000400/
   student.safetensors  teacher.safetensors
+  heads.safetensors    of a method whose student has heads that only training uses
   optimizer.pt         tensors and numbers only: loaded with weights_only=True
   state.json           format, step, schedule_step, and the SHA-256 of each file above
 """
@@ -14,7 +15,7 @@ import os
 import pickle
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from distseg.errors import DataError
 
 FORMAT = 1
 _FILES = ("student.safetensors", "teacher.safetensors", "optimizer.pt")
+_HEADS = "heads.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Checkpoint:
     student: dict[str, torch.Tensor]
     teacher: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
+    heads: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def checkpoint_dir(root: Path, step: int) -> Path:
@@ -51,11 +54,13 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
     save_file(_plain(checkpoint.student), partial / _FILES[0])
     save_file(_plain(checkpoint.teacher), partial / _FILES[1])
     torch.save(checkpoint.optimizer, partial / _FILES[2])
+    if checkpoint.heads:
+        save_file(_plain(checkpoint.heads), partial / _HEADS)
     state = {
         "format": FORMAT,
         "step": checkpoint.step,
         "schedule_step": checkpoint.schedule_step,
-        "sha256": {name: _sha256(partial / name) for name in _FILES},
+        "sha256": {name: _sha256(partial / name) for name in _files(checkpoint.heads)},
     }
     (partial / "state.json").write_text(json.dumps(state, indent=1))
     for file in partial.iterdir():
@@ -75,7 +80,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             raise DataError(
                 "checkpoint of another format", where=folder, value=state["format"], rule=f"must be {FORMAT}"
             )
-        for name in _FILES:
+        has_heads = _HEADS in state["sha256"]
+        for name in _files(has_heads):
             if _sha256(folder / name) != state["sha256"][name]:
                 raise DataError("checkpoint file does not match its checksum", where=folder / name)
         return Checkpoint(
@@ -84,11 +90,16 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             student=load_file(folder / _FILES[0]),
             teacher=load_file(folder / _FILES[1]),
             optimizer=torch.load(folder / _FILES[2], map_location="cpu", weights_only=True),
+            heads=load_file(folder / _HEADS) if has_heads else {},
         )
     except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"unreadable checkpoint: {str(error)[:200]}", where=folder) from error
+
+
+def _files(heads: object) -> tuple[str, ...]:
+    return (*_FILES, _HEADS) if heads else _FILES
 
 
 def list_checkpoints(root: Path) -> list[Path]:

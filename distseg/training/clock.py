@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-
-from distseg.networks.unet import UNet3D
+from torch import nn
 
 Result = TypeVar("Result")
 
@@ -49,9 +48,10 @@ class Clock:
             yield
             self._seconds[name] += time.perf_counter() - begun
 
-    def watch(self, network: UNet3D) -> None:
-        """Count every forward pass of `network` under "network", whoever asks for it; a part of another one once."""
-        for name in ("encode", "decode", "before_dropout", "after_dropout"):
+    def watch(self, network: nn.Module, *passes: str) -> None:
+        """Count every call of these methods of `network` under "network", whoever asks for it; a part of another one
+        once."""
+        for name in passes:
             setattr(network, name, self._timed(getattr(network, name)))
 
     def _timed(self, method: Callable[..., Result]) -> Callable[..., Result]:

@@ -11,7 +11,7 @@ import torch
 
 from distseg.config.schema import TrainRunConfig
 from distseg.errors import ConfigError
-from distseg.networks.unet import UNet3D
+from distseg.networks.unet import PASSES, UNet3D
 
 
 def compile_network(network: UNet3D) -> None:
@@ -20,7 +20,7 @@ def compile_network(network: UNet3D) -> None:
     Dropout keeps torch's own random numbers (`fallback_random`) and so its masks: losses are those without compiling,
     to rounding. On a CPU, where masks belong to slots, each dropout splits the graph.
     """
-    for name in ("encode", "decode", "before_dropout", "after_dropout"):
+    for name in PASSES:
         compiled = torch.compile(getattr(network, name), dynamic=False, options={"fallback_random": True})
         setattr(network, name, compiled)
 

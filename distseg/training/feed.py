@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,8 +12,17 @@ import torch
 from distseg.config.schema import ReferencesConfig
 from distseg.data.batch import Batch, collate
 from distseg.data.keys import Purpose, generator
+from distseg.data.signed_distance import signed_distances
 from distseg.data.slots import Patch, SlotSampler
 from distseg.matching.surface import BoolArray, IntArray, draw_references, has_surface, surface_bands
+
+
+@dataclass(frozen=True)
+class DistanceMaps:
+    """How to make signed distance maps of labelled patches; see `signed_distances`."""
+
+    spacing_mm: tuple[float, float, float]
+    truncation_mm: float | None
 
 
 class Feed:
@@ -21,6 +31,7 @@ class Feed:
     Args:
         spacing_mm: Z Y X, of the patches.
         references: how to draw them where the method matches against the slot's labelled patch, else None.
+        distances: how to make the labelled patches' signed distance maps where the method learns them, else None.
         diagnostics: open the hidden truth of unlabelled scans in `truth_of`, to be measured and never trained on.
     """
 
@@ -31,13 +42,15 @@ class Feed:
         slots: tuple[int, ...],
         num_classes: int,
         references: ReferencesConfig | None,
-        spacing_mm: Sequence[float],
+        spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
         needs_unlabelled: bool,
+        distances: DistanceMaps | None = None,
         truth_of: frozenset[str] = frozenset(),
     ) -> None:
         self._sampler, self._slots, self._num_classes = sampler, slots, num_classes
         self._spacing_mm = tuple(spacing_mm)
         self._references, self._needs_unlabelled, self._truth_of = references, needs_unlabelled, truth_of
+        self._distances = distances
 
     def batch(self, step: int) -> Batch:
         return collate([self._slot(step, slot) for slot in self._slots])
@@ -71,8 +84,22 @@ class Feed:
             reference_image=_image(reference),
             reference_index=torch.from_numpy(index)[None],
             reference_present=torch.from_numpy(present)[None],
+            labelled_distance=self._distance(labelled),
             hidden_target=hidden,
         )
+
+    def _distance(self, labelled: Patch) -> torch.Tensor | None:
+        """Of the patch as it trains, after its augmentation."""
+        if self._distances is None:
+            return None
+        assert labelled.label is not None, "the sampler cuts labelled patches with their labels"
+        maps = signed_distances(
+            labelled.label,
+            self._num_classes,
+            spacing_mm=self._distances.spacing_mm,
+            truncation_mm=self._distances.truncation_mm,
+        )
+        return torch.from_numpy(maps)[None]
 
     def _draw(self, labelled: Patch, step: int, slot: int) -> tuple[Patch, IntArray, BoolArray]:
         """References from the labelled patch; where it has no surface, maybe from a patch of its scan that has one."""

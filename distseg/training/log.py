@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, warnings. Rank 0 writes; all ranks check."""
+"""What a run says while it trains: metrics.jsonl, trackers, warnings. Rank 0 writes; all ranks check."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from distseg.training.alarms import WINDOW, Alarms
 from distseg.training.clock import Clock
 from distseg.training.run import RunDirectory
 from distseg.training.step import record
+from distseg.training.trackers import open_trackers
 
 Row = dict[str, Any]
 
@@ -58,7 +59,7 @@ class StepLog:
         self._pending: list[tuple[At, tuple[str, ...], Tensor, tuple[str, ...], dict[str, float]]] = []
         self._waited_s, self._since = 0.0, time.perf_counter()
         self._alarms = Alarms(run.metrics()[-WINDOW:] if reporter is not None else ())
-        self._writer = _tensorboard(run, config, first_step) if reporter is not None else None
+        self._trackers = open_trackers(run, config, first_step) if reporter is not None else []
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -103,20 +104,20 @@ class StepLog:
             row.update(self._alarms.of(row))
             if self._reporter is not None:
                 self._run.append_metrics(row)
-                self._to_tensorboard(row)
+                self._to_trackers(row)
                 self._reporter.step(row, at.total_steps)
 
     def close(self) -> None:
         self.flush()
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
-    def _to_tensorboard(self, row: Row) -> None:
+    def _to_trackers(self, row: Row) -> None:
         due = row["step"] % self._config.tensorboard_every_steps == 0 or any(k.startswith("val_") for k in row)
-        if self._writer is not None and due:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self._writer.add_scalar(name, value, row["step"])
+        if due:
+            values = {name: float(value) for name, value in row.items() if name != "step" and value is not None}
+            for tracker in self._trackers:
+                tracker.log(values, int(row["step"]))
 
 
 def _refuse_non_finite(row: Row, scan_ids: tuple[str, ...]) -> None:
@@ -124,12 +125,3 @@ def _refuse_non_finite(row: Row, scan_ids: tuple[str, ...]) -> None:
     if not math.isfinite(row["loss"]):
         terms = [n for n, v in row.items() if n.startswith("loss_") and (v is None or not math.isfinite(v))]
         raise NonFiniteLossError(step=int(row["step"]), terms=terms, scans=list(scan_ids))
-
-
-def _tensorboard(run: RunDirectory, config: LoggingConfig, first_step: int) -> Any:
-    if not config.tensorboard:
-        return None
-    from tensorboardX import SummaryWriter
-
-    # What a run that was cut back had written after its checkpoint is purged.
-    return SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step)

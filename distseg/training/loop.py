@@ -14,6 +14,7 @@ from distseg.inference.model import ModelInfo, save_model
 from distseg.losses.schedules import threshold_nats
 from distseg.methods.base import At
 from distseg.networks.ema import make_teacher
+from distseg.networks.unet import PASSES
 from distseg.training.bank import MakeReferenceService
 from distseg.training.bank_folder import LocalReferences
 from distseg.training.checkpoint import (
@@ -66,20 +67,22 @@ def train_rank(
         for note in session.plan.notes:
             reporter.note(note)
     if session.first_step <= config.train.steps:
-        _train(session, communicator, reporter)
+        train_session(session, communicator, reporter)
     if leads:
         _write_model(session)
     communicator.barrier()
     return TrainResult(config.run, config.train.steps, session.first_step - 1, session.run.last_metrics() or {})
 
 
-def _train(session: Session, communicator: Communicator, reporter: Reporter) -> None:
-    """From the session's first step to the last."""
+def train_session(session: Session, communicator: Communicator, reporter: Reporter) -> None:
+    """From the session's first step to the last. A collective: all ranks must call."""
     config, learner, device = session.config, session.learner, session.device
     leads, total = communicator.rank == 0, config.train.steps
     clock = Clock(device)
-    clock.watch(learner.student)
-    clock.watch(learner.teacher)
+    clock.watch(learner.student, *PASSES)
+    clock.watch(learner.teacher, *PASSES)
+    if learner.heads is not None:
+        clock.watch(learner.heads, "forward")
     log = StepLog(
         session.run,
         method=session.method,
@@ -195,6 +198,7 @@ def _checkpoint(session: Session, step: int) -> None:
         student=learner.student.state_dict(),
         teacher=learner.teacher.state_dict(),
         optimizer=learner.optimizer.state_dict(),
+        heads={} if learner.heads is None else learner.heads.state_dict(),
     )
     save_checkpoint(session.run.checkpoints, checkpoint)
     best = _best_step(session.run) if session.config.train.select == "val" else None
@@ -228,6 +232,10 @@ def _write_model(session: Session) -> None:
         threshold_nats=threshold_nats(0, config.train.steps, plan.num_classes),
         step=step,
         checkpoint=config.train.select,
+        passes=config.method.passes,
+        teacher_noise_sigma=config.method.teacher_noise_sigma,
+        teacher_noise_clip=config.method.teacher_noise_clip,
+        uncertainty=config.method.uncertainty,
     )
     references = None
     if session.references is not None:

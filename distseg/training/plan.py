@@ -17,7 +17,9 @@ from distseg.data.augment import LEFT_RIGHT, Augmentation, lateral_classes
 from distseg.data.cohort import Cohort, ScanRecord
 from distseg.data.intensity import Intensity
 from distseg.data.keys import Purpose, generator
+from distseg.data.lattice import Place
 from distseg.errors import ConfigError, DataError
+from distseg.training.partial_labels import PartialLabels, partial_labels
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Plan:
     validation: tuple[str, ...]
     flip_axes: tuple[int, ...]
     swap: tuple[tuple[int, int], ...]
+    patches: tuple[Place, ...] = ()  # where the labelled scans are labelled; empty: everywhere
     notes: tuple[str, ...] = ()
 
     @property
@@ -43,12 +46,13 @@ class Plan:
         return Augmentation(self.flip_axes, config.augment.intensity_scale, config.augment.intensity_shift, self.swap)
 
     def to_plain(self) -> dict[str, Any]:
-        plain = dataclasses.asdict(self)
-        return {k: _listed(v) for k, v in plain.items()}
+        plain = {k: _listed(v) for k, v in dataclasses.asdict(self).items()}
+        return {**plain, "patches": [f"{scan_id} {z} {y} {x}" for scan_id, (z, y, x) in self.patches]}  # a line each
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Plan:
         values = {k: _tupled(v) for k, v in plain.items()}
+        values["patches"] = tuple(_place(line) for line in plain.get("patches", ()))
         return cls(**{**values, "intensity": Intensity(**plain["intensity"])})
 
 
@@ -63,7 +67,10 @@ def make_plan(config: TrainRunConfig, cohort: Cohort, *, parent: Plan | None = N
     unlabelled = tuple(sorted(r.scan_id for r in training if r.scan_id not in chosen))
     validation = tuple(sorted(r.scan_id for r in cohort.records if r.split == "val" and r.labelled))
     notes = []
-    if not unlabelled:
+    if config.data.labeled_patches is not None:
+        unlabelled = tuple(sorted(r.scan_id for r in training))
+        notes.append(f"labelled are {config.data.labeled_patches} patches: the rest of their scans is unlabelled")
+    elif not unlabelled:
         notes.append("no unlabelled scan is left: the labelled ones serve as unlabelled too")
     if config.train.select == "val" and not validation:
         raise ConfigError(
@@ -75,16 +82,18 @@ def make_plan(config: TrainRunConfig, cohort: Cohort, *, parent: Plan | None = N
     _check_classes(cohort, labelled)
     flip_axes, swap, flip_note = _flips(config, cohort.class_names)
     spacing = parent.spacing_mm if parent else _spacing(config, cohort, labelled)
+    partial = partial_labels(config, cohort, labelled, spacing)
     plan = Plan(
         class_names=tuple(cohort.class_names),
         modality=cohort.modality,
         spacing_mm=spacing,
-        intensity=parent.intensity if parent else _intensity(cohort, labelled),
-        labelled=labelled,
+        intensity=parent.intensity if parent else _intensity(cohort, labelled, partial),
+        labelled=partial.scans if partial else labelled,
         unlabelled=unlabelled or labelled,
         validation=validation,
         flip_axes=flip_axes,
         swap=swap,
+        patches=partial.places if partial else (),
     )
     notes += [flip_note] if flip_note else []
     notes += _patch_notes(config, cohort, plan)
@@ -148,7 +157,9 @@ def _spacing(config: TrainRunConfig, cohort: Cohort, labelled: Sequence[str]) ->
     return z, y, x
 
 
-def _intensity(cohort: Cohort, labelled: Sequence[str]) -> Intensity:
+def _intensity(cohort: Cohort, labelled: Sequence[str], partial: PartialLabels | None) -> Intensity:
+    if partial is not None:
+        return Intensity.of_training_foreground(cohort.modality, partial.values)
     scans = [cohort.scan(scan_id) for scan_id in labelled]
     values = [f.values for scan in scans for f in scan.foreground.values()]
     return Intensity.of_training_foreground(cohort.modality, values)
@@ -198,6 +209,11 @@ def _patch_notes(config: TrainRunConfig, cohort: Cohort, plan: Plan) -> list[str
         if r.scan_id in ids and np.any(np.asarray(r.shape) * np.asarray(r.spacing_mm) < patch_mm)
     ]  # fmt: skip
     return [f"{len(small)} of {len(ids)} scans are smaller than a patch and are padded"] if small else []
+
+
+def _place(line: str) -> Place:
+    scan_id, z, y, x = line.rsplit(" ", 3)
+    return scan_id, (int(z), int(y), int(x))
 
 
 def _listed(value: Any) -> Any:

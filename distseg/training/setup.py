@@ -9,11 +9,10 @@ import torch
 
 from distseg.config.schema import TrainRunConfig
 from distseg.data.cohort import Cohort
-from distseg.data.keys import Purpose, torch_seed
+from distseg.data.lattice import LabelledPatches
 from distseg.data.patches import PatchReader
 from distseg.data.slots import SlotSampler
 from distseg.errors import ConfigError
-from distseg.inference.model import build_network
 from distseg.methods import make_method, uses_bank
 from distseg.methods.base import Method
 from distseg.networks.ema import make_teacher
@@ -24,13 +23,15 @@ from distseg.training.bank_folder import BankFolder, LocalReferences
 from distseg.training.checkpoint import Checkpoint, load_newest
 from distseg.training.compiled import check_compiler, compile_network
 from distseg.training.doubt import DoubtCentres
-from distseg.training.feed import Feed
-from distseg.training.optimizer import load_optimizer, make_optimizer
+from distseg.training.feed import DistanceMaps, Feed
+from distseg.training.optimizer import make_optimizer
 from distseg.training.plan import Plan, make_plan
 from distseg.training.precision import resolved_precision
 from distseg.training.reduce import Communicator, FlatGradients
 from distseg.training.run import RunDirectory
+from distseg.training.start import new_networks, take_over
 from distseg.training.step import Learner, StepSettings
+from distseg.training.trackers import require_trackers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of the weights
 
@@ -61,13 +62,15 @@ def open_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:
 
     Raises RunMismatchError if another run lives there, ConfigError or DataError where config and data do not fit.
     """
+    require_trackers(config.logging)
     run = RunDirectory(config.run)
     stored = run.stored()
     if stored is not None:
         run.check_same(config, stored)
         return run, stored.plan
-    parent = _parent(config)
+    parent = parent_plan(config)
     plan = make_plan(config, Cohort.open(config.cohort), parent=parent)
+    make_method(config, num_classes=plan.num_classes)  # refuses what it cannot serve before a directory is made
     run.create(config, plan)
     return run, plan
 
@@ -86,22 +89,14 @@ def start_session(
         keep_large_buffers()
     precision = resolved_precision(config.train.precision, device)
     dtype = _DTYPES[precision]
-    torch.manual_seed(torch_seed(config.seed, Purpose.INITIAL_WEIGHTS))
-    student = build_network(
-        config.network,
-        num_classes=plan.num_classes,
-        activation_checkpointing=config.train.activation_checkpointing,
-    ).to(device=device, dtype=dtype)
-    if config.train.channels_last:
-        student = student.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch types 4-D only
-    optimizer = make_optimizer(student.parameters(), config.optimizer)
+    student, heads = new_networks(config, make_method(config, num_classes=plan.num_classes), device=device, dtype=dtype)
+    optimizer = make_optimizer([*student.parameters(), *(heads.parameters() if heads else ())], config.optimizer)
     teacher = make_teacher(student)
+    learner = Learner(student.train(), teacher, optimizer, FlatGradients(optimizer.param_groups[0]["params"]), heads)
     checkpoint, branched = _where_it_left_off(config, run)
     first_step, offset = 1, 0
     if checkpoint is not None:
-        student.load_state_dict(checkpoint.student)
-        teacher.load_state_dict(checkpoint.student if branched else checkpoint.teacher)
-        load_optimizer(optimizer, checkpoint.optimizer)
+        take_over(learner, checkpoint, branched=branched)
         for group in optimizer.param_groups:
             group["betas"] = tuple(config.optimizer.betas)  # this run's, not those of the run it branches from
         first_step = 1 if branched else checkpoint.step + 1
@@ -121,6 +116,7 @@ def start_session(
         config,
         reader,
         labelled=plan.labelled,
+        patches=plan.patches,
         spacing_mm=plan.spacing_mm,
         num_classes=plan.num_classes,
         device=device,
@@ -145,7 +141,7 @@ def start_session(
         config=config,
         plan=plan,
         run=run,
-        learner=Learner(student.train(), teacher, optimizer, FlatGradients(student.parameters())),
+        learner=learner,
         method=method,
         reader=reader,
         feed=_feed(config, plan, cohort, reader, method, communicator, doubt),
@@ -181,11 +177,13 @@ def _feed(
     communicator: Communicator,
     doubt: DoubtCentres | None,
 ) -> Feed:
+    size = config.sampling.patch_zyx
     sampler = SlotSampler(
         reader,
         labelled=plan.labelled,
         unlabelled=plan.unlabelled,
-        patch_zyx=config.sampling.patch_zyx,
+        patch_zyx=size,
+        patches=LabelledPatches(reader, plan.patches, size) if plan.patches else None,
         foreground_share=config.sampling.foreground_share,
         augmentation=plan.augmentation(config),
         seed=config.seed,
@@ -200,6 +198,7 @@ def _feed(
         references=config.references if method.needs_references else None,
         spacing_mm=plan.spacing_mm,
         needs_unlabelled=method.uses_unlabelled,
+        distances=DistanceMaps(plan.spacing_mm, config.method.sdf_truncation_mm) if method.needs_distances else None,
         truth_of=annotated if config.train.diagnostics else frozenset(),
     )
 
@@ -234,7 +233,7 @@ def wants_gpu(config: TrainRunConfig) -> bool:
     return True
 
 
-def _parent(config: TrainRunConfig) -> Plan | None:
+def parent_plan(config: TrainRunConfig) -> Plan | None:
     """The plan of the run to branch from, if its network and classes fit."""
     if config.train.init_from is None:
         return None

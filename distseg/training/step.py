@@ -13,12 +13,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distseg.data.batch import Batch
 from distseg.data.keys import Purpose, torch_generators, torch_seed
 from distseg.losses.supervised import supervised_loss
-from distseg.methods.base import At, Method, Terms
+from distseg.methods.base import At, Method, StudentPass, Terms
 from distseg.networks.best_class import best_class
 from distseg.networks.dropout import keyed
 from distseg.networks.ema import ema_decay, update_teacher
@@ -30,12 +30,13 @@ from distseg.training.reduce import Communicator, FlatGradients
 
 @dataclass(frozen=True)
 class Learner:
-    """What a step changes."""
+    """What a step changes. `heads` are the student's, of a method that has some; the teacher has none."""
 
     student: UNet3D
     teacher: UNet3D
     optimizer: torch.optim.Optimizer
     gradients: FlatGradients
+    heads: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,22 @@ def training_step(
     for slots in batch.micro_batches(s.slots_per_pass):
         with s.precision(slots.labelled_image.device):
             targets = method.teach(teacher, slots, at, _randomness(s, Purpose.TEACHER, slots, method.teacher_passes))
-            labelled, unlabelled = _student_pass(student, slots, s, with_unlabelled=method.uses_unlabelled)
+            seen = _student_pass(student, learner.heads, slots, s, method)
 
         terms = Terms({})
-        if unlabelled is not None:
+        if seen.unlabelled is not None:
             with clock.section("matching"):
-                terms = method.terms(unlabelled, targets)
-            _count_foreground(logged, "foreground_unlabelled", unlabelled)
+                terms = method.terms(seen.unlabelled, targets)
+            _count_foreground(logged, "foreground_unlabelled", seen.unlabelled)
+        if seen.heads is not None:
+            terms = terms.joined(method.head_terms(seen, slots))
 
-        losses = {"supervised": supervised_loss(labelled.logits, slots.labelled_target), **terms.losses}
+        losses = {"supervised": supervised_loss(seen.labelled.logits, slots.labelled_target), **terms.losses}
         loss = sum_of(weights[name] * value.sum() for name, value in losses.items()) / s.batch_size
         with clock.section("network"):
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
-        _count_foreground(logged, "foreground_labelled", labelled)
+        _count_foreground(logged, "foreground_labelled", seen.labelled)
         _add(logged, "foreground_target/part", (slots.labelled_target > 0).sum())
         _add(logged, "foreground_target/whole", _size(slots.labelled_target))
         _log(logged, losses, terms, targets.threshold_nats)
@@ -120,20 +123,30 @@ def sum_of(values: object) -> Tensor:
 
 
 def _student_pass(
-    student: UNet3D, slots: Batch, settings: StepSettings, *, with_unlabelled: bool
-) -> tuple[NetworkOutput, NetworkOutput | None]:
-    """The student on labelled and unlabelled patches as one batch; outputs in float32 or better."""
+    student: UNet3D, heads: nn.Module | None, slots: Batch, settings: StepSettings, method: Method
+) -> StudentPass:
+    """The student on labelled and unlabelled patches as one batch, then its heads; outputs in float32 or better."""
     images, draws = slots.labelled_image, _randomness(settings, Purpose.STUDENT_LABELLED, slots)
-    if with_unlabelled:
+    if method.uses_unlabelled:
         images = torch.cat([images, slots.unlabelled_image])
         more = _randomness(settings, Purpose.STUDENT_UNLABELLED, slots)
         draws = None if draws is None or more is None else [*draws, *more]
     with keyed(student, draws):
-        output = student(add_noise(images, settings.student_noise_sigma, generators=draws))
-    logits, embeddings = (t if t.dtype == torch.float64 else t.float() for t in output)
+        features = student.encode(add_noise(images, settings.student_noise_sigma, generators=draws))
+        output = student.decode(features)
+    from_heads = None
+    if heads is not None:
+        draws = _randomness(settings, Purpose.HEADS, slots, method.head_passes)
+        from_heads = _exact(method.run_heads(heads, features, output, draws))
+    logits, embeddings = _exact(output.logits), _exact(output.embeddings)
     batch = len(slots.slots)
     labelled = NetworkOutput(logits[:batch], embeddings[:batch])
-    return labelled, NetworkOutput(logits[batch:], embeddings[batch:]) if with_unlabelled else None
+    unlabelled = NetworkOutput(logits[batch:], embeddings[batch:]) if method.uses_unlabelled else None
+    return StudentPass(labelled, unlabelled, from_heads)
+
+
+def _exact(output: Tensor) -> Tensor:
+    return output if output.dtype == torch.float64 else output.float()
 
 
 def _randomness(

@@ -63,8 +63,8 @@ def run_benchmark(
 def _announce(benchmark: Benchmark) -> None:
     """What will run and, before anyone has looked, what so many scans can show."""
     suite = benchmark.suite
-    counts, seeds = (", ".join(map(str, values)) for values in (suite.labelled, suite.seeds))
-    print(f"suite {suite.name}: {', '.join(row.name for row in suite.rows)}; labelled {counts}; seeds {seeds}")
+    subsets, seeds = (", ".join(map(str, values)) for values in (suite.labelled, suite.seeds))
+    print(f"suite {suite.name}: {', '.join(row.name for row in suite.rows)}; labelled {subsets}; seeds {seeds}")
     print(
         f"{len(benchmark.scans)} {suite.split} scans, tests of each metric: {benchmark.comparisons}. A mean paired "
         f"difference of {benchmark.detectable_sd:.2f} of its sd is found in 4 of 5 such benchmarks",

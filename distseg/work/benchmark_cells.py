@@ -1,7 +1,7 @@
 """The cells of a benchmark: what each trains and measures, whether it is finished, and doing one of them.
 
-    RUN/cells/phase_a__COUNT__seedK/    the shared start: a run directory
-    RUN/cells/ROW__COUNT__seedK/        a row's branch: a run directory with evaluation/SPLIT/
+    RUN/cells/phase_a__SUBSET__seedK/   the shared start: a run directory
+    RUN/cells/ROW__SUBSET__seedK/       a row's branch: a run directory with evaluation/SPLIT/
         cell.json                       wall times of its work, over all its attempts
 
 A cell is finished when evaluation/SPLIT/metrics.json counts every scan of the split; phase A, when it has its model.
@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distseg.config.compose import train_config
 from distseg.config.schema import BenchmarkConfig, EvaluateConfig, LoggingConfig, TrainRunConfig
+from distseg.config.subsets import Name
 from distseg.config.suites import Row, Suite
 from distseg.errors import ConfigError, DistsegError, FinishedWithFailures
 from distseg.training.checkpoint import newest_step
@@ -32,10 +33,11 @@ Evaluate = Callable[[EvaluateConfig], Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the benchmark. `evaluate` is None where it is only branched from; `parent` names a phase A cell."""
+    """One run of the benchmark. `labelled` names its subset; `evaluate` is None where it is only branched from;
+    `parent` names a phase A cell."""
 
     row: str
-    labelled: int
+    labelled: Name
     seed: int
     config: TrainRunConfig
     evaluate: EvaluateConfig | None
@@ -81,27 +83,35 @@ class Cell:
         return content
 
 
-def cell_name(row: str, labelled: int, seed: int) -> str:
+def cell_name(row: str, labelled: Name, seed: int) -> str:
     return f"{row}__{labelled}__seed{seed}"
 
 
-def make_cells(
-    suite: Suite, config: BenchmarkConfig, *, subsets: Mapping[int, Sequence[str]]
-) -> tuple[list[Cell], list[Cell]]:
-    """Phase A and phase B cells in the order they run: by seed, then label count, then row.
+class Labels(NamedTuple):
+    """A subset as the cohort fills it."""
 
-    `subsets`: the labelled ids of each count. Raises ConfigError for a key or value that `distseg train` refuses.
+    name: Name
+    ids: Sequence[str]
+    patches: int | None
+
+
+def make_cells(
+    suite: Suite, config: BenchmarkConfig, *, subsets: Mapping[Name, Sequence[str]]
+) -> tuple[list[Cell], list[Cell]]:
+    """Phase A and phase B cells in the order they run: by seed, then subset, then row.
+
+    `subsets`: the labelled ids of each. Raises ConfigError for a key or value that `distseg train` refuses.
     """
     here = Path(config.run) / "cells"
     start = here if config.phase_a_from is None else Path(config.phase_a_from) / "cells"
     phase_a, phase_b = [], []
     for seed in suite.seeds:
-        for count in suite.labelled:
-            ids = subsets[count]
-            first = _cell(suite, config, suite.phase_a, ids, seed, folder=start, steps=suite.phase_a_steps)
+        for name in suite.labelled:
+            labels = Labels(name, subsets[name], suite.subsets[name].patches)
+            first = _cell(suite, config, suite.phase_a, labels, seed, folder=start, steps=suite.phase_a_steps)
             phase_a.append(first if suite.evaluate_phase_a else dataclasses.replace(first, evaluate=None))
             phase_b += [
-                _cell(suite, config, row, ids, seed, folder=here, steps=suite.phase_b_steps, parent=first)
+                _cell(suite, config, row, labels, seed, folder=here, steps=suite.phase_b_steps, parent=first)
                 for row in suite.rows
             ]
     return phase_a, phase_b
@@ -111,21 +121,22 @@ def _cell(
     suite: Suite,
     config: BenchmarkConfig,
     row: Row,
-    ids: Sequence[str],
+    labels: Labels,
     seed: int,
     *,
     folder: Path,
     steps: int,
     parent: Cell | None = None,
 ) -> Cell:
-    run = str(folder / cell_name(row.name, len(ids), seed))
+    run = str(folder / cell_name(row.name, labels.name, seed))
     overrides = {
         "train.threads": max(1, available_cores() // config.side_by_side),
         **suite.common,
         **row.overrides,
         "launcher": "local",
         "seed": seed,
-        "data.labeled_ids": list(ids),
+        "data.labeled_ids": list(labels.ids),
+        "data.labeled_patches": labels.patches,
         "train.steps": steps,
         "optimizer.schedule_steps": suite.phase_a_steps + suite.phase_b_steps,
         "resources.gpus_per_worker": config.resources.gpus_per_worker,
@@ -149,7 +160,7 @@ def _cell(
         overlap=suite.overlap,
         logging=LoggingConfig(progress=False),
     )
-    return Cell(row.name, len(ids), seed, composed, evaluation, None if parent is None else parent.name)
+    return Cell(row.name, labels.name, seed, composed, evaluation, None if parent is None else parent.name)
 
 
 @dataclass(frozen=True)

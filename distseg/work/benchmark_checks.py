@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +19,16 @@ import yaml
 
 from distseg.config.compose import RECIPE, flatten, identity, recipe_hash, train_config
 from distseg.config.schema import BenchmarkConfig
+from distseg.config.subsets import Name
 from distseg.config.suites import Suite, load_suite
 from distseg.data.cohort import Cohort
-from distseg.errors import ConfigError, DataError, InputError, RunMismatchError
+from distseg.errors import ConfigError, DataError, RunMismatchError
 from distseg.evaluation.compare import detectable_effect
+from distseg.methods import make_method
 from distseg.training.plan import choose_labelled, make_plan
 from distseg.training.run import RunDirectory, write_atomic
 from distseg.work.benchmark_cells import Cell, make_cells
+from distseg.work.claim import claim
 
 FORMAT = 1
 _HEAD = "# What this directory was made with: `distseg benchmark` refuses another suite or a changed cohort here.\n"
@@ -40,7 +42,7 @@ class Benchmark:
     cohort: Cohort
     phase_a: list[Cell]
     phase_b: list[Cell]
-    subsets: Mapping[int, tuple[str, ...]]
+    subsets: Mapping[Name, tuple[str, ...]]
     scans: tuple[str, ...]
     borrowed: bool  # phase A is another benchmark's
     record: Mapping[str, Any]  # of benchmark.yaml
@@ -49,6 +51,11 @@ class Benchmark:
     def comparisons(self) -> int:
         """Paired tests on one metric: Holm's family."""
         return sum(ours != theirs for ours in self.suite.compare for theirs in self.suite.against)
+
+    @property
+    def titles(self) -> dict[Name, str]:
+        """The subsets that run, in words."""
+        return {name: self.suite.subsets[name].title(name) for name in self.suite.labelled}
 
     @property
     def detectable_sd(self) -> float:
@@ -63,13 +70,15 @@ def prepare(config: BenchmarkConfig) -> Benchmark:
     cohort = Cohort.open(config.cohort)
     run = Path(config.run)
     stored = _stored(run, whole, config, cohort)
-    subsets = {count: _labelled(whole, count, cohort, stored) for count in suite.labelled}
+    subsets = {name: _labelled(whole, name, cohort, stored) for name in suite.labelled}
     phase_a, phase_b = make_cells(suite, config, subsets=subsets)
     _check_recipes(suite, phase_b)
     scans = _scans(suite, cohort)
     for cell in phase_a:
         if cell.seed == suite.seeds[0]:  # the seed decides nothing about the data
-            make_plan(cell.config, cohort)
+            _check_plan(cell, suite, cohort)
+    for cell in phase_b:
+        make_method(cell.config, num_classes=len(cohort.class_names))
     borrowed = config.phase_a_from is not None
     _check_runs(phase_a, phase_b, borrowed=borrowed)
     benchmark = Benchmark(suite, cohort, phase_a, phase_b, subsets, scans, borrowed, {})
@@ -78,17 +87,9 @@ def prepare(config: BenchmarkConfig) -> Benchmark:
 
 @contextlib.contextmanager
 def claimed(config: BenchmarkConfig, benchmark: Benchmark) -> Iterator[Path]:
-    """Write RUN/benchmark.yaml and hold the directory: a second `distseg benchmark` in it is refused meanwhile.
-
-    The kernel frees a dead owner's lock.
-    """
+    """Write RUN/benchmark.yaml and hold the directory: a second `distseg benchmark` in it is refused meanwhile."""
     folder = Path(config.run)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError("another benchmark is at work here", where=folder, fix="wait for it") from None
+    with claim(folder, "benchmark"):
         write_atomic(folder / "benchmark.yaml", _HEAD + yaml.safe_dump(dict(benchmark.record), sort_keys=False))
         yield folder
 
@@ -117,7 +118,7 @@ def _stored(run: Path, suite: Suite, config: BenchmarkConfig, cohort: Cohort) ->
             raise RunMismatchError(
                 "holds a benchmark of another cohort", where=run, value=content["cohort"], fix="choose another run="
             )
-        if content["cohort_digest"] != _digest(cohort):
+        if content["cohort_digest"] != cohort_digest(cohort):
             raise RunMismatchError(
                 "the cohort has changed since this benchmark began",
                 where=config.cohort,
@@ -129,26 +130,41 @@ def _stored(run: Path, suite: Suite, config: BenchmarkConfig, cohort: Cohort) ->
     return content
 
 
-def _digest(cohort: Cohort) -> str:
+def cohort_digest(cohort: Cohort) -> str:
     """Changes with any scan, its content, split or label."""
     facts = sorted([r.scan_id, r.sha256, r.split, r.labelled] for r in cohort.records)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _labelled(suite: Suite, count: int, cohort: Cohort, stored: Mapping[str, Any] | None) -> tuple[str, ...]:
+def _labelled(suite: Suite, name: Name, cohort: Cohort, stored: Mapping[str, Any] | None) -> tuple[str, ...]:
     """Ids of the subset: fixed when it first ran, named by the suite, or drawn."""
-    before = (stored or {}).get("subsets", {}).get(count)
+    before = (stored or {}).get("subsets", {}).get(name)
     if before is not None:
         return tuple(before)
-    subset = suite.subsets[count]
-    where = f"suite {suite.name}: subsets.{count}"
+    subset = suite.subsets[name]
+    if subset.of is not None:
+        return _labelled(suite, subset.of, cohort, stored)
     training = [r for r in cohort.records if r.split in (None, "train") and r.labelled]
-    chosen: dict[str, Any] = {"data.labeled_scans": count, "data.subset_seed": subset.subset_seed or 0}
+    chosen: dict[str, Any] = {}  # all there are
     if subset.ids is not None:
         chosen = {"data.labeled_ids": list(subset.ids)}
+    elif subset.subset_seed is not None:
+        chosen = {"data.labeled_scans": name, "data.subset_seed": subset.subset_seed}
     try:
         return choose_labelled(train_config(cohort="", run="", overrides=chosen), cohort, training)
     except ConfigError as error:
+        where = f"suite {suite.name}: subsets.{name}"
+        raise ConfigError(error.what, where=where, value=error.value, rule=error.rule) from None
+
+
+def _check_plan(cell: Cell, suite: Suite, cohort: Cohort) -> None:
+    """The cohort can serve what the subset asks for."""
+    try:
+        make_plan(cell.config, cohort)
+    except ConfigError as error:
+        if error.where != "data.labeled_patches":
+            raise
+        where = f"suite {suite.name}: subsets.{cell.labelled}.patches"
         raise ConfigError(error.what, where=where, value=error.value, rule=error.rule) from None
 
 
@@ -211,10 +227,10 @@ def _record(
         "name": suite.name,
         "hash": suite.hash(),
         "cohort": config.cohort,
-        "cohort_digest": _digest(benchmark.cohort),
+        "cohort_digest": cohort_digest(benchmark.cohort),
         "phase_a_from": config.phase_a_from,
         "evaluated_scans": len(benchmark.scans),
         "detectable_effect_sd": round(dataclasses.replace(benchmark, suite=suite).detectable_sd, 4),
-        "subsets": dict(sorted(subsets.items())),
+        "subsets": {name: subsets[name] for name in suite.subsets if name in subsets},
         "suite": suite.content(),
     }

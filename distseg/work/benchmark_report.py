@@ -18,6 +18,7 @@ from distseg.evaluation.benchmark_page import BenchmarkPage, markdown_head, rend
 from distseg.evaluation.benchmark_tables import METRICS, RunScores, comparisons_csv, make_readings, summary_csv, to_csv
 from distseg.evaluation.figures import comparison_figure, png_bytes
 from distseg.evaluation.page import Picture
+from distseg.methods import passes_per_step
 from distseg.training.run import RunDirectory, write_atomic
 from distseg.work.benchmark_cells import Cell
 from distseg.work.benchmark_checks import Benchmark
@@ -49,6 +50,7 @@ def write_report(
         scans=len(benchmark.scans),
         seeds=suite.seeds,
         subsets=benchmark.subsets,
+        titles=benchmark.titles,
         readings=readings,
         network=suite.network,
         comparisons=benchmark.comparisons,
@@ -94,6 +96,7 @@ def _facts(cell: Cell, error: str | None) -> dict[str, Any]:
         "seed": cell.seed,
         "state": state,
         "steps": len(rows),
+        **{f"{kind}_passes": count for kind, count in passes_per_step(cell.config)._asdict().items()},
         "seconds_a_step": statistics.median(times) if times else None,
         "train_s": wall.get("train"),
         "evaluate_s": wall.get("evaluate"),
@@ -104,13 +107,15 @@ def _facts(cell: Cell, error: str | None) -> dict[str, Any]:
 def _cost_grid(benchmark: Benchmark, facts: Sequence[Mapping[str, Any]], side_by_side: int) -> Grid:
     """A line a row and label count: means over its finished seeds."""
     lines = []
-    for cell in dict.fromkeys((c.row, c.labelled) for c in (*benchmark.phase_a, *benchmark.phase_b)):
+    passes = {(c.row, c.labelled): str(passes_per_step(c.config)) for c in (*benchmark.phase_a, *benchmark.phase_b)}
+    for cell in passes:
         mine = [f for f in facts if (f["row"], f["labelled"]) == cell and f["state"] == "finished"]
         means = [_mean([f[key] for f in mine]) for key in ("steps", "seconds_a_step", "train_s", "evaluate_s")]
         lines.append(
             (
-                f"{cell[0]}, {cell[1]} labelled",
+                f"{cell[0]}, {benchmark.titles[cell[1]]}",
                 text(means[0], 0),
+                passes[cell],
                 text(means[1], 3),
                 *(text(None if seconds is None else seconds / 60, 1) for seconds in means[2:]),
                 str(len(mine)),
@@ -120,8 +125,8 @@ def _cost_grid(benchmark: Benchmark, facts: Sequence[Mapping[str, Any]], side_by
     note = (
         f"Wall times of a cell, mean over its seeds, with {side_by_side} cells side by side; {sum(known) / 3600:.2f} "
     )
-    note += "hours of all cells together."
-    head = ("Cell", "Steps", "Seconds a step", "Training, min", "Evaluation, min", "Finished")
+    note += "hours of all cells together. Passes are a slot's: rows of equal steps are not of equal compute."
+    head = ("Cell", "Steps", "Passes per step", "Seconds a step", "Training, min", "Evaluation, min", "Finished")
     return Grid("What it took", head, tuple(lines), note)
 
 
@@ -174,7 +179,7 @@ def _anatomy(
         for cell in shown:
             if cell.name in masks:
                 mask = masks[cell.name][one.scan_id][None]
-                predictions.setdefault(f"{cell.labelled} labelled", {})[cell.row] = mask
+                predictions.setdefault(benchmark.titles[cell.labelled], {})[cell.row] = mask
                 score = dice[cell.row, cell.labelled, cell.seed].get(one.scan_id)
                 scores.append(f"{cell.row} {text(score, 2)}")
         if predictions:
@@ -210,18 +215,18 @@ def _shown_cells(benchmark: Benchmark) -> list[Cell]:
 
 
 def _curves(benchmark: Benchmark) -> list[tuple[str, Picture]]:
-    """(file name, curves) for each label count."""
+    """(file name, curves) for each subset."""
     phase_a = {cell.name: cell for cell in benchmark.phase_a}
     pictures = []
-    for count in benchmark.suite.labelled:
+    for name in benchmark.suite.labelled:
         runs = []
-        for cell in (c for c in benchmark.phase_b if c.labelled == count and c.is_trained() and c.parent is not None):
+        for cell in (c for c in benchmark.phase_b if c.labelled == name and c.is_trained() and c.parent is not None):
             before = RunDirectory(phase_a[str(cell.parent)].run).metrics()
             runs.append(RunCurves(cell.row, cell.seed, before, RunDirectory(cell.run).metrics()))
         for part, figure in enumerate(benchmark_curves(runs), start=1):
             caption = "Bold: mean over seeds; thin: each seed. Dotted: where the rows branch from their common start."
-            picture = Picture(f"{count} labelled", caption, png_bytes(figure))
-            pictures.append((f"curves_{count}_{part}.png", picture))
+            picture = Picture(benchmark.titles[name], caption, png_bytes(figure))
+            pictures.append((f"curves_{name}_{part}.png", picture))
     return pictures
 
 
@@ -230,9 +235,9 @@ def _curves(benchmark: Benchmark) -> list[tuple[str, Picture]]:
 
 def _summary_markdown(page: BenchmarkPage) -> str:
     parts = [markdown_head(page)]
-    for count in dict.fromkeys(reading.labelled for reading in page.readings):
-        parts.append(f"## {count} labelled\n")
-        for reading in (r for r in page.readings if r.labelled == count):
+    for name in dict.fromkeys(reading.labelled for reading in page.readings):
+        parts.append(f"## {page.titles[name]}\n")
+        for reading in (r for r in page.readings if r.labelled == name):
             parts.append(markdown(summary_grid(reading)))
             compared = comparison_grid(reading)
             parts += [markdown(compared)] if compared else []
@@ -242,12 +247,12 @@ def _summary_markdown(page: BenchmarkPage) -> str:
 
 def _print_tables(page: BenchmarkPage) -> None:
     """The tested network as predicted, over all structures, on stdout."""
-    shown: set[int] = set()
+    shown: set[int | str] = set()
     for reading in page.readings:
         if reading.labelled in shown or (reading.network, reading.component) != (page.network, "all"):
             continue
         shown.add(reading.labelled)
-        table = Table(title=f"{reading.labelled} labelled: {title_of(reading)}")
+        table = Table(title=f"{page.titles[reading.labelled]}: {title_of(reading)}")
         table.add_column("row")
         for name in ("IoU", "Dice", "HD95 mm", "median", "missed"):
             table.add_column(name, justify="right")

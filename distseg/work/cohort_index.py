@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +14,8 @@ from typing import Any
 
 from distseg.data.cohort import ScanRecord, beside, index_path, read_index, read_lines
 from distseg.data.convert import record_of
-from distseg.errors import DataError, InputError
+from distseg.errors import DataError
+from distseg.work.owner import owning
 
 SCAN_ATTRS = frozenset(("ome", "sha256", "native", "stored", "foreground"))  # what ingest writes, and no one else
 
@@ -122,32 +121,14 @@ def read_sources(path: Path) -> dict[str, str]:
 def writing(cohort: Path) -> Iterator[Path]:
     """Hold the cohort for writing; gives the empty staging folder beside it. Raises InputError while another does.
 
-    The file COHORT.lock names the owner (host, pid). On one host the kernel frees a dead owner's lock; an owner on
-    another host cannot be seen from here and is believed until its file is deleted.
+    COHORT.lock names the owner; see `distseg.work.owner`.
     """
     cohort.parent.mkdir(parents=True, exist_ok=True)
-    lock, staging = beside(cohort, "lock"), beside(cohort, "staging")
-    with open(lock, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = lock.read_text(encoding="utf-8").strip()
-            raise InputError(
-                "another process writes this cohort", where=cohort, value=owner, fix="wait for it"
-            ) from error
-        file.seek(0)
-        owner = file.read().strip()
-        here = socket.gethostname()
-        if owner and json.loads(owner)["host"] != here:
-            fix = f"if that process is gone, delete {lock}"
-            raise InputError("another machine writes this cohort", where=cohort, value=owner, fix=fix)
-        file.truncate(0)
-        file.write(json.dumps({"host": here, "pid": os.getpid()}))
-        file.flush()
+    staging = beside(cohort, "staging")
+    with owning(beside(cohort, "lock"), what="cohort", name=cohort):
         shutil.rmtree(staging, ignore_errors=True)  # what a killed owner left
         staging.mkdir()
         try:
             yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-            file.truncate(0)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -22,6 +24,8 @@ from distseg.errors import DistsegError, InputError
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
+# Set while a caller that is interrupted waits for its threads: work that takes long looks at it and gives up.
+STOPPING = threading.Event()
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -60,21 +64,25 @@ def attempt(fn: Callable[[Item], Value], item: Item, key: str) -> Outcome[Value]
 class LocalExecutor:
     """`workers` processes started by spawn, each with its share of the cores; one worker is this process itself.
 
-    With more than one, a script that calls this needs the usual `if __name__ == "__main__":`.
+    With more than one, a script that calls this needs the usual `if __name__ == "__main__":`. One worker has `at_once`
+    items in hand, in threads, so that one can read or write while another computes; several processes need not.
     """
 
-    def __init__(self, workers: int = 1) -> None:
+    def __init__(self, workers: int = 1, *, at_once: int = 1) -> None:
         if workers < 1:
             raise InputError("too few workers", where="resources.workers", value=workers, rule="at least 1")
-        self.workers = workers
+        self.workers, self._at_once = workers, at_once
         self._pool: ProcessPoolExecutor | None = None
 
     def map(
         self, fn: Callable[[Item], Value], items: Iterable[Item], *, key: Callable[[Item], str] = str
     ) -> Iterator[Outcome[Value]]:
         if self.workers == 1:
-            for item in items:
-                yield attempt(fn, item, key(item))
+            if self._at_once == 1:
+                for item in items:
+                    yield attempt(fn, item, key(item))
+            else:
+                yield from self._map_in_threads(fn, items, key)
             return
         try:
             yield from self._map_in_pool(fn, iter(items), key)
@@ -86,6 +94,28 @@ class LocalExecutor:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+    def _map_in_threads(
+        self, fn: Callable[[Item], Value], items: Iterable[Item], key: Callable[[Item], str]
+    ) -> Iterator[Outcome[Value]]:
+        running: set[Future[Outcome[Value]]] = set()
+        with ThreadPoolExecutor(self._at_once, thread_name_prefix="worker") as pool:
+            try:
+                for item in items:
+                    running.add(pool.submit(attempt, fn, item, key(item)))
+                    while len(running) >= self._at_once:
+                        done, running = wait(running, return_when=FIRST_COMPLETED)
+                        for future in done:
+                            yield future.result()
+                while running:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield future.result()
+            finally:
+                if running:  # the caller stopped early
+                    STOPPING.set()
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    STOPPING.clear()
 
     def _map_in_pool(
         self, fn: Callable[[Item], Value], items: Iterator[Item], key: Callable[[Item], str]
@@ -126,9 +156,14 @@ class LocalExecutor:
                 self.close()
             alone = bool(running) and alone
 
+    def _new_pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self.workers, mp_context=get_context("spawn"), initializer=_end_with_parent, initargs=(os.getpid(),)
+        )
+
     def _submit(self, fn: Callable[[Item], Value], item: Item, key: Callable[[Item], str]) -> Future[Outcome[Value]]:
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
+            self._pool = self._new_pool()
         # Processes start at submit and read these as they import numpy; this process keeps its own threads.
         threads = str(max(1, available_cores() // self.workers))
         before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
@@ -136,7 +171,7 @@ class LocalExecutor:
         try:
             return self._pool.submit(attempt, fn, item, key(item))
         except BrokenProcessPool:  # a worker died while idle: nothing was lost with it
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
+            self._pool = self._new_pool()
             return self._pool.submit(attempt, fn, item, key(item))
         finally:
             for name, value in before.items():
@@ -144,6 +179,18 @@ class LocalExecutor:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
+
+
+def _end_with_parent(parent: int) -> None:
+    """In a worker: end it once the process that started it is gone. A pool's workers outlive a parent that is killed,
+    wait for ever, and hold its memory and its GPU."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def available_cores() -> int:

@@ -26,6 +26,7 @@ from distseg.data.formats import SPLIT_NAMES, Case, Source, discover
 from distseg.data.volume import Spacing, spacing3
 from distseg.errors import ConfigError, DataError, FinishedWithFailures
 from distseg.work.cohort_index import append_line, read_sources, reconcile, writing
+from distseg.work.cohort_salt import cohort_salt, salt_attrs
 from distseg.work.executor import Executor, Outcome
 
 
@@ -45,6 +46,7 @@ def ingest_cohort(
     cohort: str,
     spacing_mm: Sequence[float] | None = None,
     split: Sequence[float] | None = None,
+    structures: Sequence[str] | None = None,
     executor: Executor,
     progress: bool = True,
 ) -> IngestReport:
@@ -53,10 +55,11 @@ def ingest_cohort(
     spacing_mm: (z, y, x) millimetres to store at, None for each scan's own. split: shares of train, val and test, used
     where the source has no splits.json: a scan's share follows from a hash of its id, so it never moves as others come.
     Raises InputError for a source or cohort unusable as a whole; what is wrong with a scan is in the report. Where no
-    scan is usable, raises FinishedWithFailures with all of them and leaves no new cohort behind.
+    scan is usable, raises FinishedWithFailures with all of them and leaves no new cohort behind. structures: names of
+    masks, segments or ROIs that become the classes 1, 2, ... where the source has such.
     """
-    found = discover(source)
     path = local_path(cohort)
+    found = discover(source, structures=structures, salt=lambda: cohort_salt(path))
     spacing = None if spacing_mm is None else spacing3(spacing_mm)
     for note in found.notes:
         Console(stderr=True).print(f"note: {note}", style="yellow", highlight=False, markup=False)
@@ -75,7 +78,6 @@ def ingest_cohort(
                 cohort=str(path),
                 staging=str(staging),
                 classes=classes,
-                modality=found.modality,
                 spacing_mm=spacing,
                 known=Known(records[case.scan_id], sources.get(case.scan_id)) if case.scan_id in records else None,
             )
@@ -120,6 +122,7 @@ def _open_store(path: Path, found: Source, spacing: Spacing | None) -> dict[str,
             "channel_names": found.channel_names or {"0": "unknown"},
             "spacing_mm": None if spacing is None else list(spacing),
         }
+        attrs |= salt_attrs(path)
         zarr.create_group(path, zarr_format=3, attributes=attrs)
         return found.classes
     check_version(attrs, path)
@@ -130,6 +133,8 @@ def _open_store(path: Path, found: Source, spacing: Spacing | None) -> dict[str,
         raise ConfigError(
             "one cohort, one spacing", where="data.spacing_mm", value=got, rule=rule, fix="as it is there"
         )
+    if salt_attrs(path).keys() - attrs.keys():
+        zarr.open_group(path, mode="r+", zarr_format=3).update_attributes(salt_attrs(path))
     classes: dict[str, int] = dict(attrs["classes"])
     if len(classes) <= 1 < len(found.classes):  # so far unlabelled scans only
         zarr.open_group(path, mode="r+", zarr_format=3).update_attributes({"classes": found.classes})
@@ -143,7 +148,10 @@ def _open_store(path: Path, found: Source, spacing: Spacing | None) -> dict[str,
 def _with_split(found: Source, shares: Sequence[float] | None) -> list[Case]:
     if found.has_splits or shares is None:
         return found.cases
-    return [replace(case, split=split_by_hash(case.scan_id, shares)) for case in found.cases]
+    return [
+        case if case.split is not None else replace(case, split=split_by_hash(case.scan_id, shares))
+        for case in found.cases
+    ]
 
 
 def split_by_hash(scan_id: str, shares: Sequence[float]) -> str:
@@ -162,7 +170,7 @@ def _book(
 ) -> None:
     """Write down what became of one scan, as soon as it is known."""
     if outcome.value is None:
-        report.failed.append((outcome.key, outcome.error or "failed without a reason"))
+        report.failed.append((case.shown, outcome.error or "failed without a reason"))
         return
     record = outcome.value.record
     if outcome.value.written:
@@ -178,8 +186,8 @@ def _book(
     records[record.scan_id] = record
     append_line(index_path(path), record.to_json())
     if outcome.value.written:
-        label = None if case.label is None else str(case.label.absolute())
-        line: dict[str, Any] = {"id": record.scan_id, "image": str(case.image.absolute()), "label": label}
+        label = None if case.label is None else str(case.label.path.absolute())
+        line: dict[str, Any] = {"id": record.scan_id, "image": str(case.image.path.absolute()), "label": label}
         append_line(sources_path(path), line)
 
 

@@ -20,13 +20,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from distseg.data.nifti import file_sha256, read_nifti, write_nifti
+from distseg.data.formats import ImageSource
+from distseg.data.nifti import write_nifti
 from distseg.errors import DataError, InputError
 from distseg.inference.whole_scan import ScanIntensity, cached_model, model_fingerprint, segment_scan, use_threads
 from distseg.work.executor import Executor, available_cores
+from distseg.work.predict_inputs import Input, find_inputs, is_nifti
 
-SUFFIXES = (".nii.gz", ".nii")
-CHANNEL = "_0000"  # nnU-Net's first channel; the mask is named without it
 RECORD = ".distseg.json"
 RECORDED = ("model", "network", "overlap", "input_sha256")
 
@@ -44,7 +44,8 @@ class PredictReport:
 class _Task:
     run: str
     fingerprint: str
-    image: str
+    name: str  # of the input, for a failure
+    image: ImageSource
     mask: str
     staged: str
     network: str
@@ -64,35 +65,48 @@ class _Made:
 def predict_files(
     *, run: str, input: str, output: str, network: str, overlap: float, executor: Executor, progress: bool = True
 ) -> PredictReport:
-    """Segment a NIfTI file or every one of a folder; `output` is a folder, or a file where the input is one.
+    """Segment a NIfTI file or every one of a folder, or every DICOM series below one; `output` is a folder, or a file
+    where the input is one image.
 
     A file that cannot be segmented is in the report and the others go on; a single one raises its DataError. Raises
     InputError where there is nothing to read, or where `output` holds files that this model did not make.
     """
     fingerprint = model_fingerprint(run)
-    pairs = _pairs(Path(input), Path(output))
+    inputs, failures, notes = find_inputs(Path(input), Path(output))
     made_by = {"model": fingerprint, "network": network, "overlap": overlap}
-    record = None if _is_nifti(Path(output)) else Path(output) / RECORD
-    existing = {mask: image for image, mask in pairs if mask.exists()}
+    record = None if is_nifti(Path(output)) else Path(output) / RECORD
+    existing = {one.mask: one for one in inputs if one.mask.exists()}
     _refuse_others_masks(existing, made_by, record)
     if record is not None:
         _add_to_record(record, {})  # a folder that cannot be written shows before the work
     threads = max(1, available_cores() // executor.workers)
     call = uuid.uuid4().hex[:8]
     tasks = [
-        _Task(run, fingerprint, str(image), str(mask), str(_staged(mask, call)), network, overlap, threads)
-        for image, mask in pairs
-        if mask not in existing
+        _Task(
+            run,
+            fingerprint,
+            one.name,
+            one.image,
+            str(one.mask),
+            str(_staged(one.mask, call)),
+            network,
+            overlap,
+            threads,
+        )
+        for one in inputs
+        if one.mask not in existing
     ]
-    report = PredictReport(skipped=[str(mask) for mask in existing])
+    report = PredictReport(skipped=[str(mask) for mask in existing], failed=failures)
     try:
         with progress_bar(progress) as bar:
+            for note in notes:
+                bar.console.print(f"note: {note}", highlight=False, markup=False)
             if existing:
                 bar.console.print(
                     f"{len(existing)} masks of this model and these inputs are there already and are kept"
                 )
             running = bar.add_task("predict", total=len(tasks))
-            for outcome in executor.map(_predict_file, tasks, key=_image_name):
+            for outcome in executor.map(_predict_file, tasks, key=_input_name):
                 if outcome.error is not None:
                     report.failed.append((outcome.key, outcome.error))
                 elif outcome.value is not None:
@@ -103,7 +117,7 @@ def predict_files(
             Path(task.staged).unlink(missing_ok=True)
     report.written.sort()
     report.failed.sort()
-    if len(pairs) == 1 and Path(input).is_file() and report.failed:
+    if len(inputs) == 1 and Path(input).is_file() and report.failed:
         raise DataError(report.failed[0][1])
     return report
 
@@ -111,8 +125,8 @@ def predict_files(
 def _predict_file(task: _Task) -> _Made:
     """Runs in a worker."""
     use_threads(task.threads)
-    input_sha256 = file_sha256(task.image)
-    volume = read_nifti(task.image)
+    input_sha256 = task.image.sha256()
+    volume = task.image.read()
     model, device = cached_model(task.run, task.fingerprint)
     masks = segment_scan(
         model,
@@ -146,73 +160,24 @@ def _book(made: _Made, record: Path | None) -> str:
     return made.mask
 
 
-def _image_name(task: _Task) -> str:
-    return Path(task.image).name
+def _input_name(task: _Task) -> str:
+    return task.name
 
 
-def _pairs(source: Path, output: Path) -> list[tuple[Path, Path]]:
-    """(image, mask) per input, in the order of names."""
-    if source.is_file():
-        if not _is_nifti(source):
-            raise InputError("not a NIfTI file", where="input", value=source, rule="a name in .nii.gz or .nii")
-        return [(source, output if _is_nifti(output) else output / _mask_name(source))]
-    if not source.is_dir():
-        raise InputError("no such file or folder", where="input", value=source)
-    if _is_nifti(output):
-        rule = "a folder, where the input is one"
-        raise InputError("a folder of images cannot go into one file", where="output", value=output, rule=rule)
-    images = sorted(path for path in source.iterdir() if _is_nifti(path) and path.is_file() and path.name[0] != ".")
-    if not images:
-        raise InputError("no NIfTI file in the folder", where="input", value=source, rule="names in .nii.gz or .nii")
-    further = [path.name for path in images if _channel(path) not in (None, "0000")]
-    if further:
-        rule = "one channel an image (_0000)"
-        raise InputError("images have more than one channel", where="input", value=further[0], rule=rule)
-    pairs: dict[Path, Path] = {}
-    for image in images:
-        mask = output / _mask_name(image)
-        if mask in pairs:
-            where = f"{pairs[mask].name} and {image.name}"
-            raise InputError("two images would give one mask", where=where, value=mask.name, fix="rename one of them")
-        pairs[mask] = image
-    return [(image, mask) for mask, image in pairs.items()]
-
-
-def _is_nifti(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES)
-
-
-def _stem(path: Path) -> str:
-    suffix = next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix))
-    return path.name[: -len(suffix)]
-
-
-def _channel(path: Path) -> str | None:
-    """nnU-Net's channel number, None where the folder does not name its files so (or for a plain four-digit name)."""
-    head, _, tail = _stem(path).rpartition("_")
-    siblings = (path.with_name(f"{head}{CHANNEL}{suffix}") for suffix in SUFFIXES)
-    is_channel = bool(head) and len(tail) == 4 and tail.isdigit() and any(sibling.exists() for sibling in siblings)
-    return tail if is_channel else None
-
-
-def _mask_name(image: Path) -> str:
-    return _stem(image).removesuffix(CHANNEL) + ".nii.gz"
-
-
-def _refuse_others_masks(existing: Mapping[Path, Path], made_by: Mapping[str, Any], record: Path | None) -> None:
-    """Raises InputError where a mask to write exists (mask -> image) and is not on record as what this call writes."""
+def _refuse_others_masks(existing: Mapping[Path, Input], made_by: Mapping[str, Any], record: Path | None) -> None:
+    """Raises InputError where a mask to write exists and is not on record as what this call writes."""
     if not existing:
         return
     fix = "choose another output= or remove it"
     if record is None:
         raise InputError("the output exists already", where="output", value=next(iter(existing)), fix=fix)
     masks = _read_record(record)
-    for mask, image in existing.items():
+    for mask, one in existing.items():
         entry = masks.get(mask.name)
         if entry is None:
             rule = f"{RECORD} does not say what made it"
         else:
-            wanted = {**made_by, "input_sha256": file_sha256(image)}
+            wanted = {**made_by, "input_sha256": one.image.sha256()}
             other = [name for name in RECORDED if entry.get(name) != wanted[name]]
             if not other:
                 continue

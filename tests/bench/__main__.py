@@ -7,20 +7,25 @@ import importlib
 import json
 from pathlib import Path
 
-BENCHMARKS = ("step", "step_growth")
+BENCHMARKS = ("step", "step_growth", "index", "embeddings", "bank")
+OPTIONS = {"index": ("large",), "embeddings": ("trained", "cohort")}  # which of the arguments a benchmark takes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; all if none is named")
     parser.add_argument("--json", type=Path, help="write every key here, flat")
+    parser.add_argument("--large", action="store_true", help="index: 10 million references too, minutes and 6 GB")
+    parser.add_argument("--trained", metavar="RUN", help="embeddings: the run whose model embeds; without one, skipped")
+    parser.add_argument("--cohort", help="embeddings: the cohort it trained on")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(BENCHMARKS))
     if unknown:
         parser.error(f"no benchmark {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}")
     results: dict[str, float] = {}
     for name in arguments.names or BENCHMARKS:
-        results |= importlib.import_module(f"tests.bench.{name}").run()
+        options = {option: getattr(arguments, option) for option in OPTIONS.get(name, ())}
+        results |= importlib.import_module(f"tests.bench.{name}").run(**options)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 

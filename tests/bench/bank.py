@@ -29,7 +29,7 @@ from distseg.methods.base import At
 from distseg.training.clock import Clock
 from distseg.training.reduce import SingleProcess
 from distseg.training.step import training_step
-from tests.bench.step import SLOTS, StepBench
+from tests.bench.step_parts import SLOTS, StepBench
 from tests.bench.timing import interleaved
 
 REFERENCES, QUERIES = 50_000, (1_000, 5_000, 20_000)

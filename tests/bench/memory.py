@@ -1,8 +1,8 @@
 """The memory a call needs beyond what is there before it.
 
-On a CPU by the high-water mark of the process's resident memory, which the kernel keeps and /proc/self/clear_refs resets
-(Linux); what the allocator holds free is given back first. It counts whole pages and everything of the process, so
-whatever torch, oneDNN or we allocate is in it. On a GPU by torch's own count.
+On a CPU by the high-water mark of the process's resident memory, which the kernel keeps and /proc/self/clear_refs
+resets (Linux); what the allocator holds free is given back first. It counts whole pages and everything of the process,
+so whatever torch, oneDNN or we allocate is in it. On a GPU by torch's own count.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from distseg.training.step import Learner
 
 
 def peer_uamt_step(learner: Learner, batch: Batch) -> None:
-    """`repeat`, a Python loop over passes, fp32, autograd left to `no_grad`, cross-entropy and Dice from a softmax each,
-    the moving average parameter by parameter."""
+    """`repeat`, a Python loop over passes, fp32, autograd left to `no_grad`, cross-entropy and Dice from a softmax
+    each, the moving average parameter by parameter."""
     student, teacher = learner.student, learner.teacher
     slots = len(batch.slots)
     images = torch.cat([batch.labelled_image, batch.unlabelled_image])

@@ -80,7 +80,9 @@ def _keys(
 def _print(bench: StepBench, timings: dict[str, Timing], memory: dict[str, float | None], rounds: int) -> None:
     device = bench.device
     threads = f", {torch.get_num_threads()} thread(s)" if device.type == "cpu" else ""
-    title = f"{bench.case.preset}, {bench.side}^3, {SLOTS} slots, {device}{threads}, {clock_name(device)}, {rounds} rounds"
+    title = (
+        f"{bench.case.preset}, {bench.side}^3, {SLOTS} slots, {device}{threads}, {clock_name(device)}, {rounds} rounds"
+    )
     table = Table(title=title)
     for column in ("", "median ms", "min", "max", "peak MiB"):
         table.add_column(column, justify="left" if not column else "right")

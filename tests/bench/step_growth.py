@@ -1,8 +1,8 @@
 """What an `embedding_matching` step costs as the patch, the classes and the teacher's passes grow (preset `small`).
 
-One thing grows at a time from 32^3 (64^3 on a GPU), 2 classes, M = 5; batch of 2 slots, one at a time from 96^3 on a CPU,
-for its memory. 128^3 takes about 10 GiB and, on one core, two minutes. Keys, of AXIS_SIZE such as patch_64, classes_20
-and passes_16:
+One thing grows at a time from 32^3 (64^3 on a GPU), 2 classes, M = 5; batch of 2 slots, one at a time from 96^3 on a
+CPU, for its memory. 128^3 takes about 10 GiB and, on one core, two minutes. Keys, of AXIS_SIZE such as patch_64,
+classes_20 and passes_16:
   growth_s.AXIS_SIZE              seconds of a step, median
   growth_over_network.AXIS_SIZE   step / its network passes, run alone
   growth_mib.AXIS_SIZE            its memory beyond what is there before it

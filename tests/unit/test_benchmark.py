@@ -445,10 +445,12 @@ def test_shipped_suites() -> None:
     subsets = {count: set(subset.ids or ()) for count, subset in protocol.subsets.items()}
     assert {count: len(ids) for count, ids in subsets.items()} == {4: 4, 10: 10, 21: 21}
     assert subsets[4] < subsets[10] < subsets[21]
-    assert [row.name for row in protocol.rows] == ["supervised", "mean_teacher", "uamt", "embedding_matching"]
+    assert [row.name for row in protocol.rows] == [
+        "supervised", "mean_teacher", "uamt", "as_published", "embedding_matching",
+    ]  # fmt: skip
     assert (protocol.phase_a_steps, protocol.phase_b_steps, protocol.seeds) == (600, 400, (0, 1, 2))
     assert (protocol.labelled, protocol.overlap) == ((4,), 0.25)
-    assert protocol.against == ("supervised", "mean_teacher", "uamt")
+    assert protocol.against == ("supervised", "mean_teacher", "uamt", "as_published")
     assert load_suite("smoke").hash() != protocol.hash()
 
 

@@ -17,7 +17,7 @@ from distseg.cli import main
 from distseg.data.body import find_body
 from distseg.data.cohort import Cohort, Scan, index_path
 from distseg.data.convert import ScanTask, convert_scan
-from distseg.data.formats import Case
+from distseg.data.formats import Case, NiftiImage
 from distseg.data.volume import Spacing, resample_box
 from distseg.errors import DataError, InputError
 from distseg.work.cohort_actions import list_cohort, remove_scan, repair_cohort
@@ -293,11 +293,10 @@ def test_fractional_and_wide_values_are_kept_as_float32(tmp_path: Path) -> None:
     for name, array in (("half", np.full((4, 5, 6), 0.5)), ("wide", np.full((4, 5, 6), 40000, np.int32))):
         nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / f"{name}.nii.gz")
         task = ScanTask(
-            case=Case(name, tmp_path / f"{name}.nii.gz"),
+            case=Case(name, NiftiImage(tmp_path / f"{name}.nii.gz")),
             cohort=str(tmp_path / "c"),
             staging=str(tmp_path),
             classes={"background": 0},
-            modality=None,
             spacing_mm=None,
         )
         (tmp_path / "c").mkdir(exist_ok=True)

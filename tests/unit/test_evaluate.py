@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from distseg.data.cohort import Cohort
+from distseg.data.formats import NiftiImage
 from distseg.errors import DataError, FinishedWithFailures, InputError
 from distseg.inference import whole_scan
 from distseg.work import evaluate as evaluate_module
-from distseg.work import predict as predict_module
 from distseg.work.evaluate import evaluate_run
 from distseg.work.executor import LocalExecutor
 from distseg.work.ingest import ingest_cohort
@@ -297,14 +297,14 @@ def test_a_killed_call_resumes(run: str, tmp_path: Path, monkeypatch: pytest.Mon
     source, out = tmp_path / "in", tmp_path / "out"
     for seed, name in enumerate("ab"):
         save(source / f"{name}.nii.gz", scan_arrays(seed)[0])
-    read, replace = predict_module.read_nifti, os.replace
+    read, replace = NiftiImage.read, os.replace
 
-    def killed_at_b(path: str) -> Any:
-        if Path(path).name == "b.nii.gz":
+    def killed_at_b(image: NiftiImage) -> Any:
+        if image.path.name == "b.nii.gz":
             raise KeyboardInterrupt
-        return read(path)
+        return read(image)
 
-    monkeypatch.setattr(predict_module, "read_nifti", killed_at_b)
+    monkeypatch.setattr(NiftiImage, "read", killed_at_b)
     with pytest.raises(KeyboardInterrupt):
         predict(run, source, out)
     monkeypatch.undo()

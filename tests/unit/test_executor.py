@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +45,42 @@ def test_oneworker_is_this_process() -> None:
     assert attempt(work, 3, "k") == Outcome("k", error="three: bad")
     with pytest.raises(InputError, match=r"resources\.workers"):
         LocalExecutor(0)
+
+
+def say_and_sleep(folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def test_a_killed_driver_leaves_no_worker(tmp_path: Path) -> None:
+    script = (
+        "from tests.unit.test_executor import say_and_sleep\n"
+        "from distseg.work.executor import LocalExecutor\n"
+        f"if __name__ == '__main__': list(LocalExecutor(2).map(say_and_sleep, [{str(tmp_path)!r}] * 2))\n"
+    )
+    file = tmp_path / "driver.py"
+    file.write_text(script)
+    root = str(Path(__file__).parents[2])
+    driver = subprocess.Popen([sys.executable, str(file)], env={**os.environ, "PYTHONPATH": root})
+    try:
+        wait_for(lambda: len([p for p in tmp_path.iterdir() if p.name.isdigit()]) == 2)
+    finally:
+        driver.kill()
+        driver.wait()
+    workers = [int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()]
+    wait_for(lambda: not any(alive(pid) for pid in workers))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited for a minute"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Running; a zombie that nobody has reaped is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -47,7 +47,7 @@ def test_plain_folder_is_unlabelled_and_hidden_files_are_left_out(tmp_path: Path
     (tmp_path / "._a.nii.gz").write_bytes(b"resource fork")
     (tmp_path / "notes.txt").write_text("x")
     found = discover(tmp_path)
-    assert (found.kind, found.classes, found.modality) == ("folder", {"background": 0}, None)
+    assert (found.kind, found.classes, found.channel_names) == ("folder", {"background": 0}, None)
     assert [(case.scan_id, case.label, case.split) for case in found.cases] == [("a", None, None), ("b", None, None)]
     assert found.failures == []
 
@@ -56,7 +56,7 @@ def test_nnunet_raw_with_splits(tmp_path: Path) -> None:
     nnunet(tmp_path, {"p_1": True, "p_2": False, "p_3": True})
     (tmp_path / "splits.json").write_text(json.dumps({"train": ["p_1", "p_2"], "val": ["p_3"], "test": []}))
     found = discover(tmp_path)
-    assert (found.kind, found.classes, found.modality) == ("nnunet", CLASSES, "CT")
+    assert (found.kind, found.classes, found.channel_names) == ("nnunet", CLASSES, {"0": "CT"})
     rows = [(case.scan_id, case.label is not None, case.split) for case in found.cases]
     assert rows == [("p_1", True, "train"), ("p_2", False, "train"), ("p_3", True, "val")]
 

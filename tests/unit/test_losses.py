@@ -14,10 +14,12 @@ from distseg.config.schema import MethodConfig
 from distseg.losses.consistency import consistency_loss
 from distseg.losses.entropy import entropy_nats
 from distseg.losses.masked_mean import masked_mean
+from distseg.losses.reconstruction import reconstruction_loss, unit_window
+from distseg.losses.signed_distance import distance_loss, dual_task_loss
 from distseg.losses.similarity_entropy import similarity_entropy
 from distseg.losses.supervised import dice_loss, supervised_loss
 from distseg.methods.base import At
-from distseg.methods.uncertainty import reliable_voxels, uncertainty_and_label
+from distseg.methods.uncertainty import reliable_voxels, surest_of_each_class, uncertainty_and_label
 
 CUBE = (2, 2, 2)
 F64 = torch.float64
@@ -73,7 +75,9 @@ def test_threshold_by_hand() -> None:
     passes = torch.stack([two_class_logits(PASS_1), two_class_logits(PASS_2)])
     for uncertainty, unreliable in (("mean_of_entropies", {3}), ("entropy_of_mean", {3, 4, 5, 6})):
         values, _ = uncertainty_and_label(passes, uncertainty=uncertainty)
-        reliable, threshold = reliable_voxels(values, MethodConfig(), at=At(50, 100), num_classes=2)
+        reliable, threshold = reliable_voxels(
+            values, torch.zeros_like(values).long(), MethodConfig(), at=At(50, 100), num_classes=2
+        )
         assert threshold.tolist() == pytest.approx([0.569508], abs=1e-6)
         assert set(torch.nonzero(~reliable.flatten()).flatten().tolist()) == unreliable
 
@@ -81,11 +85,11 @@ def test_threshold_by_hand() -> None:
 def test_other_thresholds() -> None:
     values = torch.arange(1.0, 9.0).reshape(1, *CUBE) / 10
     fixed = MethodConfig(threshold="fixed", threshold_value=0.5)
-    reliable, threshold = reliable_voxels(values, fixed, at=At(1, 9), num_classes=3)
+    reliable, threshold = reliable_voxels(values, torch.zeros_like(values).long(), fixed, at=At(1, 9), num_classes=3)
     assert threshold.item() == pytest.approx(0.5 * math.log(3))  # .549: .1 to .5 lie under it
     assert int(reliable.sum()) == 5
     quantile = MethodConfig(threshold="quantile", threshold_value=0.75)
-    reliable, threshold = reliable_voxels(values, quantile, at=At(1, 9), num_classes=2)
+    reliable, threshold = reliable_voxels(values, torch.zeros_like(values).long(), quantile, at=At(1, 9), num_classes=2)
     assert threshold.item() == pytest.approx(0.6)  # the sixth of eight: five lie under it
     assert int(reliable.sum()) == 5
 
@@ -93,7 +97,9 @@ def test_other_thresholds() -> None:
 def test_at_the_last_step_nothing_but_complete_doubt_is_unreliable() -> None:
     """METHOD trap 2: lambda = ln 2, strictly above every entropy but that of (.5, .5)."""
     values, _ = uncertainty_and_label(two_class_logits([0.501] * 7 + [0.5])[None], uncertainty="mean_of_entropies")
-    reliable, _ = reliable_voxels(values, MethodConfig(), at=At(100, 100), num_classes=2)
+    reliable, _ = reliable_voxels(
+        values, torch.zeros_like(values).long(), MethodConfig(), at=At(100, 100), num_classes=2
+    )
     assert reliable.flatten().tolist()[:7] == [True] * 7
 
 
@@ -260,3 +266,88 @@ def test_consistency_is_ua_mts_formula(seed: int, num_classes: int) -> None:
     assert target.grad is None
     everywhere = consistency_loss(student, target, torch.ones_like(mask))
     torch.testing.assert_close(everywhere, consistency_loss(student, target), rtol=0, atol=1e-15)
+
+
+# L_R, L_sdf and L_c of MTC and DTC
+
+
+def test_reconstruction_by_hand() -> None:
+    """Half the voxels foreground: w = .5 for both. Reconstructions .5 everywhere; image 1 on foreground, .2 elsewhere.
+    Foreground's target is 1 there and 0 elsewhere: mean of .25 is .25. Background's is 0 there and .2 elsewhere: mean
+    of .25 and .09 is .17. L_R = .5 x .25 + .5 x .17 = .21."""
+    foreground = torch.tensor([1.0] * 4 + [0.0] * 4, dtype=F64)
+    probability = torch.stack([1 - foreground, foreground]).reshape(1, 2, *CUBE)
+    image = torch.where(foreground > 0, 1.0, 0.2).double().reshape(1, 1, *CUBE)
+    loss = reconstruction_loss(torch.zeros(1, 2, *CUBE, dtype=F64), image, probability)
+    assert loss.tolist() == pytest.approx([0.21])
+    assert unit_window(torch.tensor([-9.0, -3.0, 0.0, 1.5, 4.0])).tolist() == [0.0, 0.0, 0.5, 0.75, 1.0]
+
+
+def test_the_weight_of_a_class_takes_no_gradient() -> None:
+    """Perfect reconstructions leave no gradient in the masks, though their sizes are the weights."""
+    logits = random_logits(3, 2, 3, *CUBE).requires_grad_()
+    probability = torch.softmax(logits, 1)
+    image = unit_window(random_logits(4, 2, 1, *CUBE))
+    perfect = torch.logit((probability * image).detach())
+    (gradient,) = torch.autograd.grad(reconstruction_loss(perfect, image, probability).sum(), logits)
+    assert float(gradient.abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_mtc_and_dtc_are_their_loops(num_classes: int) -> None:
+    logits, raw = random_logits(5, 2, num_classes, *CUBE), random_logits(6, 2, num_classes, *CUBE)
+    image, p = unit_window(random_logits(7, 2, 1, *CUBE)), torch.softmax(logits, 1)
+    distance, target = torch.tanh(raw[:, 1:]) / 100, torch.tanh(random_logits(8, 2, num_classes - 1, *CUBE))
+    places = [(z, y, x) for z in range(2) for y in range(2) for x in range(2)]
+    for slot in range(2):
+        expected = {"reconstruction": 0.0, "sdf": 0.0, "consistency": 0.0}
+        for c in range(num_classes):
+            weight = sum(float(p[slot, c][at]) for at in places) / 8
+            for at in places:
+                covered = float(p[slot, c][at]) * float(image[slot, 0][at])
+                error = 1 / (1 + math.exp(-float(raw[slot, c][at]))) - covered
+                expected["reconstruction"] += weight * error**2 / 8
+                if c > 0:
+                    z = float(distance[slot, c - 1][at])
+                    expected["sdf"] += (z - float(target[slot, c - 1][at])) ** 2 / (8 * (num_classes - 1))
+                    mask = 1 / (1 + math.exp(1500 * z))
+                    expected["consistency"] += (mask - float(p[slot, c][at])) ** 2 / (8 * (num_classes - 1))
+        assert reconstruction_loss(raw, image, p)[slot].item() == pytest.approx(expected["reconstruction"])
+        assert distance_loss(distance, target)[slot].item() == pytest.approx(expected["sdf"])
+        ours = dual_task_loss(logits, distance, sharpness=1500.0)[slot].item()
+        assert ours == pytest.approx(expected["consistency"])
+
+
+def test_dual_task_loss_is_finite_far_from_the_boundary() -> None:
+    logits = torch.zeros(1, 2, *CUBE, requires_grad=True)
+    for value in (-1.0, 1.0):
+        distance = torch.full((1, 1, *CUBE), value, requires_grad=True)
+        loss = dual_task_loss(logits, distance, sharpness=1500.0)
+        assert loss.item() == pytest.approx(0.25)  # a half against a 0 or a 1
+        gradients = torch.autograd.grad(loss.sum(), [logits, distance])
+        assert all(bool(torch.isfinite(g).all()) for g in gradients)
+
+
+def test_per_class_threshold_leaves_no_class_out() -> None:
+    """Class 1 is doubtful throughout: the surest half of its voxels is reliable all the same; class 0, under
+    the paper's threshold, is as without."""
+    values = torch.tensor([0.1, 0.2, 0.69, 0.68, 0.66, 0.67]).reshape(1, 1, 2, 3)
+    label = torch.tensor([0, 0, 1, 1, 1, 1]).reshape(1, 1, 2, 3)
+    config = MethodConfig(threshold="per_class", threshold_value=0.5)
+    reliable, threshold = reliable_voxels(values, label, config, at=At(1, 100), num_classes=2)
+    assert reliable.flatten().tolist() == [True, True, False, False, True, True]
+    assert threshold.tolist() == pytest.approx([0.5213], abs=1e-3)  # the paper's
+
+
+@given(seed=st.integers(0, 1000), share=st.floats(0, 1), num_classes=st.integers(2, 4))
+def test_the_surest_of_each_class_by_loop(seed: int, share: float, num_classes: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    entropy = torch.rand(2, 2, 3, 4, generator=random)
+    label = torch.randint(num_classes, entropy.shape, generator=random)
+    kept = surest_of_each_class(entropy, label, share=share, num_classes=num_classes)
+    for slot in range(2):
+        for value in range(num_classes):
+            there = torch.nonzero(label[slot].flatten() == value).flatten()
+            count = round(float(torch.tensor(share * len(there), dtype=torch.float32)))
+            surest = there[entropy[slot].flatten()[there].argsort()][:count]
+            assert sorted(surest.tolist()) == [v for v in there.tolist() if kept[slot].flatten()[v]]

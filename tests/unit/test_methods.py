@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from distseg.config.compose import train_config
-from distseg.config.schema import MethodConfig
+from distseg.config.schema import MatchingConfig, MethodConfig
 from distseg.data.batch import Batch, collate
 from distseg.data.keys import Purpose, torch_generators
+from distseg.data.signed_distance import signed_distances
+from distseg.errors import ConfigError
 from distseg.losses.supervised import supervised_loss
 from distseg.matching.surface import draw_references, surface_bands
-from distseg.methods import make_method
-from distseg.methods.base import At, Method, Targets
+from distseg.methods import KINDS, make_method, passes_per_step
+from distseg.methods.base import At, Method, Passes, StudentPass, Targets
 from distseg.methods.embedding_matching import EmbeddingMatching
 from distseg.methods.uamt import UncertaintyAwareMeanTeacher
 from distseg.networks.dropout import keyed
@@ -33,8 +35,10 @@ from distseg.training.step import Learner, StepSettings, record, training_step
 SIZE = 8
 CUBE = (2, 2, 2)
 F64 = torch.float64
-SEMI_SUPERVISED = ("mean_teacher", "uamt", "embedding_matching")
-ZERO_WEIGHTS = {f"method.weight_{name}": 0.0 for name in ("ua", "nn", "en", "consistency")}
+WITH_TEACHER = ("mean_teacher", "uamt", "embedding_matching")
+WITH_HEADS = ("cct", "mtc", "dtc")
+SEMI_SUPERVISED = (*WITH_TEACHER, *WITH_HEADS)
+ZERO_WEIGHTS = {f"method.weight_{name}": 0.0 for name in ("ua", "nn", "en", "consistency", "sdf", "reconstruction")}
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +51,8 @@ def _one_thread() -> Iterator[None]:
 
 def make(name: str, *, num_classes: int = 2, **overrides: Any) -> Method:
     keys = {"method.passes": 2, **{key.replace("__", "."): value for key, value in overrides.items()}}
-    return make_method(train_config(cohort="c", run="r", method=name, overrides=keys), num_classes=num_classes)
+    config = train_config(cohort="c", run="r", method=name, matching="prototypes", overrides=keys)
+    return make_method(config, num_classes=num_classes)
 
 
 def one_slot(step: int, slot: int, *, num_classes: int = 2, label: int | None = None) -> Batch:
@@ -71,6 +76,7 @@ def one_slot(step: int, slot: int, *, num_classes: int = 2, label: int | None = 
         reference_image=images[0],
         reference_index=torch.from_numpy(index)[None],
         reference_present=torch.from_numpy(present)[None],
+        labelled_distance=torch.from_numpy(signed_distances(target, num_classes, spacing_mm=(3, 4, 4)))[None].double(),
     )
 
 
@@ -78,11 +84,16 @@ def batch_of(step: int, slots: int = 2, **more: Any) -> Batch:
     return collate([one_slot(step, slot, **more) for slot in range(slots)])
 
 
-def new_learner(num_classes: int = 2) -> Learner:
+def new_learner(num_classes: int = 2, method: Method | None = None) -> Learner:
+    """With the heads of `method`, if it has some."""
     torch.manual_seed(0)
     student = UNet3D(num_classes=num_classes, base_filters=2, levels=2, dropout_rate=0.2).double().train()
-    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
-    return Learner(student, make_teacher(student), optimizer, FlatGradients(student.parameters()))
+    heads = method.make_heads(student) if method is not None else None
+    parameters = list(student.parameters())
+    if heads is not None:
+        parameters += heads.double().train().parameters()
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    return Learner(student, make_teacher(student), optimizer, FlatGradients(parameters), heads)
 
 
 def settings(**more: Any) -> StepSettings:
@@ -123,7 +134,7 @@ def weights_of(network: torch.nn.Module) -> Tensor:
 def test_1_with_weight_zero_it_is_the_supervised_baseline(name: str) -> None:
     learners = []
     for method in (make(name, **ZERO_WEIGHTS), make("supervised")):
-        learner = new_learner()
+        learner = new_learner(method=method)
         for step in (1, 2, 3):
             take_step(learner, method, batch_of(step), At(step, 3))
         learners.append(learner)
@@ -133,7 +144,7 @@ def test_1_with_weight_zero_it_is_the_supervised_baseline(name: str) -> None:
     assert float((weights_of(ours.student) - weights_of(new_learner().student)).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", SEMI_SUPERVISED)
+@pytest.mark.parametrize("name", WITH_TEACHER)
 def test_2_no_gradient_reaches_the_teacher(name: str) -> None:
     learner, method, batch = new_learner(), make(name), batch_of(1)
     learner.teacher.requires_grad_(True)  # even if it could
@@ -152,11 +163,69 @@ def test_2_no_gradient_reaches_the_teacher(name: str) -> None:
     assert float(learner.student.encoder[0][0].conv.weight.grad.abs().max()) > 0
 
 
+def what_the_student_gave(num_classes: int = 2) -> dict[str, Any]:
+    """Leaves that a method's head terms may send gradients to: outputs of two slots, and of CCT's three decoders."""
+    random = torch.Generator().manual_seed(5)
+    shapes = {
+        "labelled": (2, num_classes),
+        "unlabelled": (2, num_classes),
+        "cct": (3, 2, num_classes),
+        "mtc": (4, num_classes),
+        "dtc": (4, num_classes - 1),
+    }
+    return {
+        name: torch.randn(*shape, *(SIZE,) * 3, generator=random, dtype=F64).mul_(1e-3 if name == "dtc" else 1)
+        .requires_grad_()
+        for name, shape in shapes.items()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "reached"),
+    [
+        ("cct", {}, {"cct"}),  # its target, the main decoder's output, is a constant
+        ("mtc", {}, {"mtc", "labelled", "unlabelled"}),
+        ("mtc", {"method__mask_gradient": False}, {"mtc"}),
+        ("dtc", {}, {"dtc", "labelled", "unlabelled"}),  # each task teaches the other
+    ],
+)
+def test_2_where_head_terms_send_gradients(name: str, overrides: dict[str, Any], reached: set[str]) -> None:
+    given = what_the_student_gave()
+    embeddings = torch.zeros(2, 4, *(SIZE,) * 3, dtype=F64)
+    seen = StudentPass(
+        NetworkOutput(given["labelled"], embeddings), NetworkOutput(given["unlabelled"], embeddings), given[name]
+    )
+    terms = make(name, **overrides).head_terms(seen, batch_of(1))
+    assert all(value.shape == (2,) for value in terms.losses.values())
+    torch.stack([value.sum() for value in terms.losses.values()]).sum().backward()
+    assert {key for key, leaf in given.items() if leaf.grad is not None and bool(leaf.grad.abs().max() > 0)} == reached
+
+
+@pytest.mark.parametrize("name", WITH_HEADS)
+def test_heads_train_and_the_teacher_has_none(name: str) -> None:
+    """Heads and encoder move; the main decoder's output layer gets CCT's gradient from labelled patches alone."""
+    method = make(name)
+    learner = new_learner(method=method)
+    assert learner.heads is not None
+    heads, encoder = weights_of(learner.heads), weights_of(learner.student.encoder)
+    row = take_step(learner, method, batch_of(1), At(3, 3))
+    assert float((weights_of(learner.heads) - heads).abs().max()) > 1e-3
+    assert float((weights_of(learner.student.encoder) - encoder).abs().max()) > 1e-3
+    assert learner.teacher.state_dict().keys() == learner.student.state_dict().keys()
+    terms = {"cct": {"consistency"}, "mtc": {"reconstruction"}, "dtc": {"sdf", "consistency"}}[name]
+    assert {key.removeprefix("loss_") for key in row if key.startswith("loss_")} == {"supervised", *terms}
+    assert row["loss"] == pytest.approx(
+        sum(row[f"weight_{term}"] * row[f"loss_{term}"] for term in (*terms, "supervised"))
+    )
+    assert row["foreground_unlabelled"] is not None
+
+
 @pytest.mark.parametrize("name", ["supervised", *SEMI_SUPERVISED])
 @pytest.mark.parametrize("label", [0, 1])
 def test_3_uniform_patches_are_finite(name: str, label: int) -> None:
     """All background, all foreground; at the last step, where the threshold leaves nothing unreliable too."""
-    learner, method = new_learner(), make(name)
+    method = make(name)
+    learner = new_learner(method=method)
     for step in (1, 3):
         row = take_step(learner, method, batch_of(step, label=label), At(step, 3))
         assert all(math.isfinite(value) for value in row.values() if value is not None)
@@ -200,7 +269,8 @@ def test_4_uamt_with_a_full_mask_is_mean_teacher(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", ["supervised", *SEMI_SUPERVISED])
 def test_5_three_classes(name: str) -> None:
-    learner, method = new_learner(3), make(name, num_classes=3)
+    method = make(name, num_classes=3)
+    learner = new_learner(3, method)
     before = weights_of(learner.student)
     rows = [take_step(learner, method, batch_of(step, num_classes=3), At(step, 3)) for step in (1, 2, 3)]
     assert all(math.isfinite(value) for row in rows for value in row.values() if value is not None)
@@ -209,6 +279,46 @@ def test_5_three_classes(name: str) -> None:
         expected = [(0.75 + 0.25 * math.exp(-5 * (1 - t / 3) ** 2)) * math.log(3) for t in (1, 2, 3)]
         assert [row["threshold_nats"] for row in rows] == pytest.approx(expected)
         assert rows[0]["loss_en"] == pytest.approx(math.log(3), abs=0.5)
+
+
+def test_more_classes_than_a_method_serves_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(kind.max_classes is None for kind in KINDS.values())  # all serve what a cohort can hold
+    monkeypatch.setattr(KINDS["dtc"], "max_classes", 2)
+    make("dtc", num_classes=2)
+    message = "more classes than this method can serve.*dtc.*at most 2 with the background, the cohort has 3"
+    with pytest.raises(ConfigError, match=message):
+        make("dtc", num_classes=3)
+
+
+def test_weights_and_their_ramps() -> None:
+    """Full at the last step, for CCT after a tenth of the run; MTC's and DTC's regression are constant."""
+    ramp = math.exp(-5 * 0.75**2)
+    for step, cct, dtc in ((25, 3.0, ramp), (100, 3.0, 1.0)):
+        assert make("cct").weights(At(step, 100)) == {"consistency": cct}
+        assert make("dtc").weights(At(step, 100)) == {"sdf": 0.3, "consistency": pytest.approx(dtc)}
+        assert make("mtc").weights(At(step, 100)) == {"reconstruction": 1.0}
+    assert make("cct").weights(At(5, 100))["consistency"] == pytest.approx(3 * math.exp(-5 * 0.5**2))
+    assert make("mean_teacher").weights(At(25, 100))["consistency"] == pytest.approx(0.1 * ramp)
+    assert make("cct", method__consistency_ramp=0.0).weights(At(1, 100)) == {"consistency": 3.0}
+
+
+def test_passes_a_step() -> None:
+    def passes(name: str, **overrides: Any) -> tuple[float, ...]:
+        keys = {key.replace("__", "."): value for key, value in overrides.items()}
+        return tuple(passes_per_step(train_config(cohort="c", run="r", method=name, overrides=keys)))
+
+    assert passes("supervised") == (1, 1, 0)
+    assert passes("mean_teacher") == (3, 2, 0)
+    assert passes("uamt", method__passes=8) == (11, 2, 0)
+    assert passes("cct") == (2, 2, 3)
+    assert passes("mtc") == (2, 2, 2)
+    assert passes("dtc") == (2, 2, 0)
+    # Two of the student, five of the teacher, and one for the slot's references.
+    assert passes("embedding_matching", matching__kind="prototypes") == (8, 2, 0)
+    # Or 30 patches of a bank every 50 steps of 2 slots.
+    assert passes("embedding_matching", references__patches=30, references__every_steps=50) == (7.3, 2, 0)
+    assert str(Passes(7.32, 2)) == "7.32 forward, 2 backward"
+    assert str(Passes(2, 2, 3)) == "2 forward, 2 backward, 3 decoders"
 
 
 # The step
@@ -229,7 +339,12 @@ def test_eq_5_by_hand() -> None:
         "matched_accuracy/part": 0.0,
         "matched_accuracy/whole": 0.0,
     }
-    row = record(logged, method=EmbeddingMatching(MethodConfig(), num_classes=2), at=At(50, 100), batch_size=2)
+    row = record(
+        logged,
+        method=EmbeddingMatching(MethodConfig(), num_classes=2, matching=MatchingConfig(), draws=1),
+        at=At(50, 100),
+        batch_size=2,
+    )
     assert row["loss"] == pytest.approx(0.4788077, abs=1e-6)
     assert row["step"] == 50
     assert row["weight_supervised"] == 1.0
@@ -277,7 +392,8 @@ def test_the_teacher_follows_after_the_step() -> None:
 def test_micro_batches_change_nothing(name: str) -> None:
     results = []
     for slots_per_pass in (1, 2, 4):
-        learner, method = new_learner(), make(name)
+        method = make(name)
+        learner = new_learner(method=method)
         rows = [
             take_step(learner, method, batch_of(step, 4), At(step, 2), slots_per_pass=slots_per_pass, batch_size=4)
             for step in (1, 2)
@@ -298,7 +414,7 @@ def test_where_gradients_go() -> None:
     targets = Targets(
         label=torch.zeros(1, *CUBE, dtype=torch.long),
         reliable=torch.zeros(1, *CUBE, dtype=torch.bool),
-        prototypes=torch.randn(1, 2, 3, generator=random, dtype=F64),
+        references=torch.randn(1, 2, 3, generator=random, dtype=F64),
         present=torch.ones(1, 2, dtype=torch.bool),
     )
     losses = method.terms(NetworkOutput(logits, embeddings), targets).losses
@@ -334,7 +450,7 @@ def test_the_reference_pass_is_deterministic() -> None:
         method.teach(learner.teacher, batch, At(1, 3), torch_generators(seed, Purpose.TEACHER, 1, (0, 1), 2))
         for seed in (1, 2)
     ]
-    assert torch.equal(targets[0].prototypes, targets[1].prototypes)
+    assert torch.equal(targets[0].references, targets[1].references)
     assert not torch.equal(targets[0].label, targets[1].label)
     with torch.no_grad():
         embeddings = learner.teacher.eval()(batch.reference_image).embeddings.flatten(2)
@@ -342,7 +458,7 @@ def test_the_reference_pass_is_deterministic() -> None:
         for value in range(2):
             index = batch.reference_index[slot, value]
             units = torch.nn.functional.normalize(embeddings[slot][:, index], dim=0)
-            torch.testing.assert_close(targets[0].prototypes[slot, value], units.mean(1), rtol=0, atol=1e-12)
+            torch.testing.assert_close(targets[0].references[slot, value], units.mean(1), rtol=0, atol=1e-12)
 
 
 def test_shares_of_a_step() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distseg.errors import InputError
-from distseg.inference.sliding_window import gaussian_profile, segment, window_starts
+from distseg.inference.sliding_window import segment
+from distseg.inference.windows import gaussian_profile, window_starts
 
 UNIT_MM = (1.0, 1.0, 1.0)
 CLASSES = 3

@@ -68,7 +68,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def config(
-    cohort: str, run: Path, *, method: str = "embedding_matching", matching: str | None = None, **overrides: Any
+    cohort: str, run: Path, *, method: str = "embedding_matching", matching: str = "prototypes", **overrides: Any
 ) -> TrainRunConfig:
     """Double underscores in `overrides` are dots."""
     keys = {**TINY, **{key.replace("__", "."): value for key, value in overrides.items()}}
@@ -194,10 +194,18 @@ def assert_same_run(run: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "matching"), [("supervised", None), ("embedding_matching", None), ("embedding_matching", "index")]
+    ("method", "matching"),
+    [
+        ("supervised", "prototypes"),
+        ("embedding_matching", "prototypes"),
+        ("embedding_matching", "index"),
+        ("cct", "prototypes"),
+        ("mtc", "prototypes"),
+        ("dtc", "prototypes"),
+    ],
 )
 def test_one_worker_is_two_in_float64(
-    cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, matching: str | None
+    cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, matching: str
 ) -> None:
     more = {"train__precision": "float64", "train__batch_size": 3, "train__diagnostics": True, "matching": matching}
     alone = config(cohort_path, tmp_path / "1", method=method, **more)
@@ -486,6 +494,9 @@ def test_xie2024_obeys_the_paper_line_by_line(cohort_path: str, tmp_path: Path) 
         ("supervised", {"supervised"}),
         ("mean_teacher", {"supervised", "consistency"}),
         ("uamt", {"supervised", "consistency"}),
+        ("cct", {"supervised", "consistency"}),
+        ("mtc", {"supervised", "reconstruction"}),
+        ("dtc", {"supervised", "sdf", "consistency"}),
     ],
 )
 def test_every_method_trains(cohort_path: str, tmp_path: Path, method: str, terms: set[str]) -> None:
@@ -607,6 +618,50 @@ def test_a_branch_of_supervised_is_the_longer_run(cohort_path: str, tmp_path: Pa
     first, second = (weights_of(tmp_path / run) for run in ("a", "b"))
     change = (second - first).abs().max().item()
     assert 0 < change <= 2 * 2 * 1e-3  # two Adam steps of lr 1e-3
+
+
+@pytest.mark.parametrize("method", ["cct", "mtc", "dtc"])
+def test_a_branch_with_heads(cohort_path: str, tmp_path: Path, method: str) -> None:
+    """The student and its moments are the parent's, the heads a draw of their own without moments; interrupted, it goes
+    on bit for bit; its model is the U-Net alone."""
+    more = {"train__steps": 3, "checkpoint__every_steps": 1}
+    train(config(cohort_path, tmp_path / "warm", method="supervised", **more))
+    parent = checkpoint_module.load_checkpoint(newest(tmp_path / "warm"))
+    assert parent.heads == {}
+    settings, whole = (
+        config(cohort_path, tmp_path / name, method=method, train__init_from=str(tmp_path / "warm"), **more)
+        for name in ("branch", "whole")
+    )
+    drawn = []
+    for _ in range(2):
+        open_run(settings)
+        torch.manual_seed(7)  # whatever came before
+        session = loop.start_session(settings, SingleProcess())
+        drawn.append(session.learner.heads.state_dict())
+    assert all(torch.equal(drawn[0][name], tensor) for name, tensor in drawn[1].items())
+    for name, tensor in parent.student.items():
+        assert torch.equal(session.learner.student.state_dict()[name], tensor)
+    moments = session.learner.optimizer.state_dict()
+    assert moments["state"].keys() == parent.optimizer["state"].keys()
+    assert len(moments["param_groups"][0]["params"]) == len(moments["state"]) + len(
+        list(session.learner.heads.parameters())
+    )
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, Quiet(interrupt_at=3))
+    assert train(settings).resumed_from == 2
+    train(whole)
+    assert_same_run(tmp_path / "branch", tmp_path / "whole")
+    ours, theirs = (load_file(newest(tmp_path / name) / "heads.safetensors") for name in ("branch", "whole"))
+    assert ours.keys() == drawn[0].keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(not torch.equal(ours[name], drawn[0][name]) for name in ours)
+    assert load_model(tmp_path / "branch").networks["student"].state_dict().keys() == parent.student.keys()
+    # And back: a run that branches from it leaves its heads behind.
+    train(
+        config(cohort_path, tmp_path / "back", method="uamt", train__init_from=str(tmp_path / "branch"), train__steps=1)
+    )
+    assert not (newest(tmp_path / "back") / "heads.safetensors").exists()
 
 
 def test_a_branch_has_its_own_betas(cohort_path: str, tmp_path: Path) -> None:

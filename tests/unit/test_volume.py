@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from distseg.data.volume import Geometry, NativeGrid, resample_box, target_geometry
+from distseg.data.nifti import read_nifti, write_nifti
+from distseg.data.volume import Geometry, NativeGrid, Volume, resample_box, target_geometry
 from distseg.errors import InputError
+from distseg.evaluation.metrics import score_class
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 ORIENTATIONS = list(itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)))
@@ -74,6 +76,99 @@ def test_every_oblique_affine_round_trips_and_keeps_positions(
     native = check_round_trip_and_positions(shape, affine)
     assert sorted(native.geometry.spacing_mm) == pytest.approx(sorted(spacing))
     assert np.array_equal(NativeGrid.from_json(native.to_json()).affine, affine)
+
+
+@st.composite
+def native_grids(draw: st.DrawFn) -> NativeGrid:
+    """Any of the 48 axis codes, turned by up to 30 degrees or sheared, any voxel size and origin."""
+    permutation, signs = draw(st.sampled_from(ORIENTATIONS))
+    spacing = draw(st.tuples(*[st.floats(0.4, 5.0)] * 3))
+    affine = axis_aligned(permutation, signs, spacing)
+    turn = Rotation.from_euler("xyz", draw(st.tuples(*[st.floats(-30, 30)] * 3)), degrees=True).as_matrix()
+    shear = np.eye(3)
+    shear[1, 2] = draw(st.floats(-0.3, 0.3))
+    affine[:3, :3] = turn @ shear @ affine[:3, :3]
+    affine[:3, 3] = draw(st.tuples(*[st.floats(-300, 300)] * 3))
+    return NativeGrid(draw(st.tuples(*[st.integers(3, 7)] * 3)), affine)
+
+
+def resampled(volume: Volume, spacing_mm: tuple[float, ...], order: int) -> tuple[np.ndarray, Geometry]:
+    target = target_geometry(volume.geometry, spacing_mm)
+    array = resample_box(
+        volume.array,
+        source_spacing_mm=volume.geometry.spacing_mm,
+        target_spacing_mm=spacing_mm,
+        start_zyx=(0, 0, 0),
+        size_zyx=target.shape,
+        order=order,
+        fill=0,
+    )
+    return array, target
+
+
+@settings(max_examples=100)
+@given(
+    native=native_grids(), spacing=st.tuples(*[st.floats(0.5, 6.0)] * 3), suffix=st.sampled_from([".nii", ".nii.gz"])
+)
+def test_a_place_in_mm_survives_file_orientation_and_resampling(
+    tmp_path_factory: pytest.TempPathFactory, native: NativeGrid, spacing: tuple[float, ...], suffix: str
+) -> None:
+    """Each voxel holds a linear function of its own place, so linear interpolation has no error: written to a file,
+    read, brought to canonical axes and resampled, a voxel still holds the function of where it says it is."""
+    slope = np.array([0.7, -1.3, 0.4])
+    index = np.indices(native.shape).reshape(3, -1)
+    ras = native.affine[:3, :3] @ index + native.affine[:3, 3:]
+    path = tmp_path_factory.mktemp("grid") / f"x{suffix}"
+    write_nifti(path, (slope @ ras).reshape(native.shape).astype(np.float64), native)
+    volume = read_nifti(path)
+    check_values_are_of_their_place(volume.array, volume.geometry, slope)
+    array, geometry = resampled(volume, spacing, order=1)
+    inside = []  # of the outer voxels' centres: beyond them the edge voxel is held
+    for n_new, n_old, new, old in zip(
+        array.shape, volume.array.shape, spacing, volume.geometry.spacing_mm, strict=True
+    ):
+        position = (np.arange(n_new) + 0.5) * new / old - 0.5
+        inside.append((position >= 0) & (position <= n_old - 1))
+    check_values_are_of_their_place(array, geometry, slope, np.ix_(*inside))
+
+
+def check_values_are_of_their_place(
+    array: np.ndarray, geometry: Geometry, slope: np.ndarray, where: tuple[np.ndarray, ...] | None = None
+) -> None:
+    lps = geometry.affine[:3, :3] @ np.indices(array.shape).reshape(3, -1) + geometry.affine[:3, 3:]
+    expected = (slope * [-1, -1, 1] @ lps).reshape(array.shape)
+    # float32 holds values up to 1000 to 6e-5, and the file's affine is float32 too.
+    assert np.allclose(array[where or ...], expected[where or ...], rtol=0, atol=2e-3)
+
+
+@settings(max_examples=50)
+@given(native=native_grids(), seed=st.integers(0, 99), spacing=st.tuples(*[st.sampled_from([1.0, 2.0, 3.7])] * 3))
+def test_a_scan_stored_in_another_orientation_is_the_same_volume(
+    native: NativeGrid, seed: int, spacing: tuple[float, ...]
+) -> None:
+    """The array with its axes permuted and reversed, the affine to match: image, resampled image and scores are the
+    same to the last bit but for the affine's rounding."""
+    rng = np.random.default_rng(seed)
+    axes, flips = rng.permutation(3), rng.random(3) < 0.5
+    arrays = [rng.integers(-1000, 1000, native.shape).astype(np.int16)]
+    arrays += [(rng.random(native.shape) < share).astype(np.int16) for share in (0.3, 0.4)]
+    turn = np.zeros((4, 4))  # index of the other storage (and 1) -> native index
+    turn[3, 3] = 1
+    for new, old in enumerate(axes):
+        turn[old, new] = -1 if flips[new] else 1
+        turn[old, 3] = native.shape[old] - 1 if flips[new] else 0
+    other = NativeGrid(tuple(native.shape[old] for old in axes), native.affine @ turn)
+    turned = [np.flip(array.transpose(axes), np.flatnonzero(flips)) for array in arrays]
+    one = [Volume(native.to_canonical(array), native.geometry, native, "CT") for array in arrays]
+    two = [Volume(other.to_canonical(array), other.geometry, other, "CT") for array in turned]
+    assert np.allclose(one[0].geometry.affine, two[0].geometry.affine, rtol=0, atol=1e-9)
+    for a, b in zip(one, two, strict=True):
+        assert np.array_equal(a.array, b.array)
+    assert np.allclose(resampled(one[0], spacing, 1)[0], resampled(two[0], spacing, 1)[0], rtol=0, atol=1e-3)
+    if one[1].array.any() and one[2].array.any():
+        scores = [score_class(v[1].array > 0, v[2].array > 0, spacing_mm=v[0].geometry.spacing_mm) for v in (one, two)]
+        assert (scores[0].iou, scores[0].dice) == (scores[1].iou, scores[1].dice)
+        assert (scores[0].hd95_mm, scores[0].asd_mm) == pytest.approx((scores[1].hd95_mm, scores[1].asd_mm), abs=1e-9)
 
 
 def test_array_of_another_shape_is_refused() -> None:

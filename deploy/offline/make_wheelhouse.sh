@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# All wheels of distseg and what it needs, for a site with no internet. Run it from anywhere on a machine that has one,
+# with the Python, the system and the processor of that site:
+#   deploy/offline/make_wheelhouse.sh OUT [EXTRA]      EXTRA: cpu (default) or gpu
+# PYTHON=python3.11 chooses the interpreter, TORCH_INDEX=https://download.pytorch.org/whl/cpu a torch without CUDA.
+# Carry OUT over, then there:
+#   sh OUT/install.sh VENV
+set -euo pipefail
+
+out=${1:?usage: make_wheelhouse.sh OUT [cpu|gpu]}
+extra=${2:-cpu}
+case $extra in cpu | gpu) ;; *) echo "EXTRA: $extra is neither cpu nor gpu" >&2; exit 2 ;; esac
+python=${PYTHON:-python3.11}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+
+# The other FAISS has another version; both own one module, so only one is ever here.
+grep -v "^faiss-" "$root/constraints.txt" > "$out/constraints.txt"
+grep "^faiss-$extra==" "$root/constraints.txt" >> "$out/constraints.txt" || true
+index=()
+[ -z "${TORCH_INDEX:-}" ] || index=(--extra-index-url "$TORCH_INDEX")
+"$python" -m pip wheel --quiet "${index[@]}" --constraint "$out/constraints.txt" --wheel-dir "$out" "${root}[$extra]"
+
+cat > "$out/install.sh" << INSTALL
+#!/bin/sh
+# usage: sh install.sh VENV    makes VENV with $("$python" --version) and installs distseg[$extra] from this folder alone
+set -eu
+here=\$(cd "\$(dirname "\$0")" && pwd)
+(cd "\$here" && sha256sum --check --quiet SHA256SUMS)
+"\${PYTHON:-python3.11}" -m venv "\${1:?usage: sh install.sh VENV}"
+"\$1/bin/python" -m pip install --quiet --no-index --find-links "\$here" --constraint "\$here/constraints.txt" 'distseg[$extra]'
+"\$1/bin/distseg" doctor launcher=local storage="\$1"
+INSTALL
+(cd "$out" && sha256sum -- *.whl constraints.txt install.sh > SHA256SUMS)
+du -sh "$out"

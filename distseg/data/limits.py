@@ -1,0 +1,36 @@
+"""How large a scan may say it is before anything of that size is read: a header is a claim, not a fact."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+from distseg.errors import DataError
+
+MAX_VOXELS = 2**33  # 64 GiB of float64: beyond it a header is damaged, not a scan large
+MAX_DEFLATE_RATIO = 1100  # deflate cannot do better than 1032 : 1
+COPIES = 3  # of a scan's stored values that reading and writing it takes in memory at once
+
+
+def check_size(name: str, shape: Sequence[int], itemsize: int, *, at_most_nbytes: int) -> None:
+    """Raises DataError where `shape` voxels of `itemsize` bytes are more than `at_most_nbytes`, which is what the file
+    can hold, more than any scan, or more than this machine can."""
+    voxels = math.prod(int(n) for n in shape)
+    size = tuple(int(n) for n in shape)
+    if min(size) < 1 or voxels > MAX_VOXELS:
+        rule = f"1 to {MAX_VOXELS} voxels"
+        raise DataError("damaged header", where=name, value=size, rule=rule, fix="copy it again")
+    claimed = voxels * itemsize
+    if claimed > at_most_nbytes:
+        rule = f"it can hold {at_most_nbytes}"
+        what = "header claims more than the file holds"
+        raise DataError(what, where=name, value=f"{claimed} bytes", rule=rule, fix="copy it again")
+    if COPIES * claimed > memory_nbytes():
+        rule = f"{COPIES} times its size within this machine's {memory_nbytes() / 2**30:.1f} GiB"
+        fix = "crop it, or ingest on a larger machine"
+        raise DataError("too large to read here", where=name, value=f"{claimed} bytes", rule=rule, fix=fix)
+
+
+def memory_nbytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,168 @@
+"""Label every scan of a cohort once: what is to do, who does it, and what is left when it is done.
+
+    OUT/masks/ID.nii.gz     the scan's native grid, uint8
+    OUT/trust/ID.nii.gz     uint8 = 64 x code + confidence 0..63; codes in inference/label_scan.py
+    OUT/scans.csv  review.html  next_to_label.csv    see label_review.py
+    OUT/ledger.jsonl  owner.json  .staging/          see ledger.py and owner.py
+
+The same command again goes on where it stands, whatever killed it. A scan that fails is tried again after the others,
+then set aside with its reason; the next call tries it anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from distseg.config.schema import LabelSectionConfig
+from distseg.errors import InputError
+from distseg.inference.label_scan import LabelRule
+from distseg.inference.model import Model
+from distseg.inference.whole_scan import cached_model, model_fingerprint
+from distseg.work.executor import Executor, available_cores
+from distseg.work.label_review import write_review
+from distseg.work.label_sources import ScanSource, Sources, find_sources
+from distseg.work.label_task import Labelled, Labeller, LabelTask, label_one, rule_of
+from distseg.work.ledger import Ledger
+from distseg.work.owner import Owner, owning
+from distseg.work.predict import progress_bar
+
+
+@dataclass
+class LabelReport:
+    """Counts of scans labelled by this call and done before; set aside as (id, one line why)."""
+
+    output: str
+    labelled: int = 0
+    done_before: int = 0
+    set_aside: list[tuple[str, str]] = field(default_factory=list)
+
+
+def label_cohort(
+    *,
+    run: str,
+    cohort: str,
+    output: str,
+    settings: LabelSectionConfig,
+    executor: Executor,
+    progress: bool = True,
+    labeller: Labeller = label_one,
+) -> LabelReport:
+    """Raises InputError where there is nothing to label or another driver lives on `output`, RunMismatchError where
+    `output` was made otherwise. Failed scans are in the report."""
+    fingerprint = model_fingerprint(run)
+    model, _ = cached_model(run, fingerprint)
+    sources = find_sources(cohort, only=settings.only)
+    rule = rule_of(settings, model.info)
+    _say_how(model, sources)
+    folder = Path(output)
+    _make(folder)
+    with owning(folder / "owner.json", what="output", name=folder) as owner:
+        ledger = Ledger(folder, _identity(fingerprint, model, rule, overlap=settings.overlap))
+        try:
+            report = LabelReport(output, set_aside=list(sources.failures))
+            todo = [scan for scan in sources.scans if ledger.versions.get(scan.scan_id) != scan.version]
+            report.done_before = len(sources.scans) - len(todo)
+            if report.done_before:
+                Console(stderr=True).print(f"{report.done_before} of {len(sources.scans)} scans are done and kept")
+            task = _task_maker(run, fingerprint, ledger, rule, settings.overlap, executor)
+            _label(todo, task, labeller, executor, ledger, owner, report, attempts=settings.attempts, progress=progress)
+        finally:
+            ledger.close()
+        write_review(
+            folder,
+            run=run,
+            sources=sources,
+            model=model,
+            settings=settings,
+            executor=executor,
+            set_aside=report.set_aside,
+        )
+    return report
+
+
+def _label(
+    todo: Sequence[ScanSource],
+    task: Callable[[ScanSource], LabelTask],
+    labeller: Labeller,
+    executor: Executor,
+    ledger: Ledger,
+    owner: Owner,
+    report: LabelReport,
+    *,
+    attempts: int,
+    progress: bool,
+) -> None:
+    """Rounds over what is to do; what fails in one is the next one's, until the last says that it is set aside."""
+    with progress_bar(progress) as bar:
+        running = bar.add_task("label", total=len(todo))
+        for attempt in range(1, attempts + 1):
+            failed: dict[str, str] = {}
+            for outcome in executor.map(labeller, _tasks(todo, task), key=_scan_id):
+                owner.check()
+                if outcome.value is not None:
+                    made: Labelled = outcome.value
+                    ledger.commit(made.scan_id, made.version, made.facts)
+                    report.labelled += 1
+                    bar.advance(running)
+                else:
+                    why = outcome.error or "no reason given"
+                    failed[outcome.key] = why
+                    ledger.fail(outcome.key, attempt=attempt, why=why)
+            todo = [scan for scan in todo if scan.scan_id in failed]
+            if not todo:
+                return
+    report.set_aside += sorted(failed.items())
+
+
+def _tasks(todo: Sequence[ScanSource], task: Callable[[ScanSource], LabelTask]) -> Iterator[LabelTask]:
+    for scan in todo:
+        yield task(scan)
+
+
+def _task_maker(
+    run: str, fingerprint: str, ledger: Ledger, rule: LabelRule, overlap: float, executor: Executor
+) -> Callable[[ScanSource], LabelTask]:
+    threads = max(1, available_cores() // executor.workers)
+    staging = str(ledger.staging)
+    return lambda scan: LabelTask(run, fingerprint, scan, staging, rule, overlap, threads)
+
+
+def _scan_id(task: LabelTask) -> str:
+    return task.scan_id
+
+
+def _identity(fingerprint: str, model: Model, rule: LabelRule, *, overlap: float) -> Mapping[str, Any]:
+    """What decides the masks; another one does not go on in the same folder."""
+    return {
+        "model": fingerprint,
+        "classes": list(model.class_names),
+        "passes": rule.passes.passes,
+        "threshold_nats": rule.threshold_nats,
+        "quantile": rule.quantile,
+        "min_similarity": rule.min_similarity,
+        "overlap": overlap,
+        "seed": rule.seed,
+    }
+
+
+def _say_how(model: Model, sources: Sources) -> None:
+    if model.matcher is None:
+        Console(stderr=True).print(
+            f"note: the run's method, {model.info.method}, has no references: voxels in doubt take the teacher's argmax"
+            " and are marked so in trust/",
+            highlight=False,
+        )
+    for name, why in sources.failures:
+        Console(stderr=True).print(f"note: {name}: {why}", highlight=False, markup=False)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write there: {error.strerror}", where="output", value=folder) from error

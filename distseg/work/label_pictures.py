@@ -1,0 +1,88 @@
+"""Pictures of pseudo-labelled scans: the mask and where it was in doubt, outlined on three planes through the doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distseg.data.nifti import read_nifti
+from distseg.data.volume import resample_box
+from distseg.evaluation.figures import Plane, central_index, grey_window, plane_of, png_bytes, scan_figure, view_box
+from distseg.evaluation.page import Picture
+from distseg.inference.label_scan import CODE_STEP
+from distseg.work.executor import Executor
+from distseg.work.label_sources import OpenScan, ScanSource, open_scan
+from distseg.work.ledger import committed_path
+
+OUTLINED = ("in doubt", "label")
+
+
+@dataclass(frozen=True)
+class _PictureTask:
+    output: str
+    source: ScanSource
+
+
+def review_pictures(
+    output: Path, rows: Sequence[Mapping[str, Any]], sources: Mapping[str, ScanSource], executor: Executor
+) -> list[Picture]:
+    """One a row, in the order of rows; a scan whose files cannot be read is left out."""
+    tasks = [_PictureTask(str(output), sources[row["scan_id"]]) for row in rows]
+    made = {outcome.key: outcome.value for outcome in executor.map(_draw, tasks, key=_scan_id) if outcome.value}
+    return [
+        Picture(f"{row['rank']}. {row['scan_id']}", _caption(row), made[row["scan_id"]])
+        for row in rows
+        if row["scan_id"] in made
+    ]
+
+
+def _scan_id(task: _PictureTask) -> str:
+    return task.source.scan_id
+
+
+def _caption(row: Mapping[str, Any]) -> str:
+    parts = [f"expected error {row['expected_error']:.2f}"]
+    if row["expected_dice"] is not None:
+        parts.append(f"expected Dice {row['expected_dice']:.2f}")
+    pieces = row["components"]
+    parts.append(f"{row['volume_ml']:.0f} ml in {pieces} piece{'' if pieces == 1 else 's'}")
+    return ", ".join(parts)
+
+
+def _draw(task: _PictureTask) -> bytes:
+    """Runs in a worker."""
+    scan = open_scan(task.source)
+    scan_id, output = task.source.scan_id, Path(task.output)
+    mask = read_nifti(committed_path(output, "masks", scan_id)).array
+    doubt = (read_nifti(committed_path(output, "trust", scan_id)).array >= CODE_STEP).astype(np.uint8)
+    planes = _planes(scan, mask, doubt)
+    window = grey_window(np.concatenate([plane.image.ravel() for plane in planes]), scan.modality)
+    return png_bytes(scan_figure(planes, window=window, names=OUTLINED))
+
+
+def _planes(scan: OpenScan, mask: np.ndarray, doubt: np.ndarray) -> list[Plane]:
+    """On the native grid; of a stored image only the planes themselves are read."""
+    native = scan.native.geometry
+    box = view_box((mask > 0) | (doubt > 0), spacing_mm=native.spacing_mm)
+    planes = []
+    for axis in range(3):
+        index = central_index(doubt if doubt.any() else mask, axis)
+        part = [slice(index, index + 1) if a == axis else side for a, side in enumerate(box)]
+        image = resample_box(
+            scan.image,
+            source_spacing_mm=scan.geometry.spacing_mm,
+            target_spacing_mm=native.spacing_mm,
+            start_zyx=[side.start for side in part],
+            size_zyx=[side.stop - side.start for side in part],
+            order=1,
+            fill=scan.intensity.minimum,
+        )
+        cut = [volume.squeeze(axis) for volume in (image, doubt[tuple(part)], mask[tuple(part)])]
+        planes.append(
+            plane_of(axis, index, image=cut[0], truth=cut[1], prediction=cut[2], spacing_mm=native.spacing_mm)
+        )
+    return planes

@@ -1,0 +1,62 @@
+"""What annotated scans look like, to compare pseudo-labels with: volumes and pieces per class.
+
+The run's own labelled scans where they are at hand, since the truth of others may be hidden from this run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from distseg.data.cohort import Cohort, Scan, ScanRecord
+from distseg.errors import InputError
+from distseg.inference.scan_facts import TOUCHING
+from distseg.training.run import RunDirectory
+
+MOST_SCANS = 50  # whose annotation is opened to count pieces
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Per class name: volumes in ml, and the most pieces that one annotated scan has."""
+
+    volumes_ml: dict[str, list[float]] = field(default_factory=dict)
+    components: dict[str, int] = field(default_factory=dict)
+
+
+def reference_of(run: str, cohort: Cohort | None, class_names: Sequence[str]) -> tuple[Reference, str | None]:
+    """And a note on what was missing, where it was."""
+    found = _of_run(run) or ((cohort, [r for r in cohort.records if r.labelled]) if cohort else None)
+    if found is None or not found[1] or list(found[0].class_names) != list(class_names):
+        return Reference(), "No annotated scans were at hand: volumes and pieces are not compared with theirs."
+    home, records = found
+    volumes = {
+        name: [r.voxels.get(name, 0) * float(np.prod(r.spacing_mm)) / 1000 for r in records] for name in class_names[1:]
+    }
+    most = dict.fromkeys(class_names[1:], 1)
+    for record in records[:MOST_SCANS]:
+        annotation = Scan(str(Path(home.path) / record.scan_id), record.scan_id).annotation
+        if annotation is None:
+            continue
+        mask = np.asarray(annotation[...])
+        for value, name in enumerate(class_names):
+            if value:
+                most[name] = max(most[name], int(ndimage.label(mask == value, structure=TOUCHING)[1]))
+    return Reference(volumes, most), None
+
+
+def _of_run(run: str) -> tuple[Cohort, list[ScanRecord]] | None:
+    """The scans that the run trained on with labels; None where run or cohort is not here any more."""
+    try:
+        stored = RunDirectory(run).stored()
+        if stored is None:
+            return None
+        cohort = Cohort.open(stored.config.cohort)
+    except InputError:
+        return None
+    labelled = set(stored.plan.labelled)
+    return cohort, [record for record in cohort.records if record.scan_id in labelled]

@@ -1,0 +1,172 @@
+"""One scan labelled in a worker: read, the network's turn, two files staged for the driver to commit.
+
+In one process one scan at a time uses the network; the next is read and the one before is packed meanwhile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from distseg.config.schema import LabelRuleConfig
+from distseg.data.plane_spool import PlaneSpool
+from distseg.inference.label_scan import Grids, LabelRule, Plane, label_scan
+from distseg.inference.model import Model, ModelInfo
+from distseg.inference.scan_facts import ScanFacts
+from distseg.inference.teacher_passes import PassSettings
+from distseg.inference.whole_scan import WINDOWS_A_BATCH, cached_model, use_threads
+from distseg.work.executor import STOPPING
+from distseg.work.label_sources import OpenScan, ScanSource, open_scan
+from distseg.work.ledger import KINDS, staged_path
+
+_NETWORK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class LabelTask:
+    """All that a worker needs; small, as it travels."""
+
+    run: str
+    fingerprint: str
+    source: ScanSource
+    staging: str
+    rule: LabelRule
+    overlap: float
+    threads: int
+
+    @property
+    def scan_id(self) -> str:
+        return self.source.scan_id
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A scan whose files wait in staging; `facts` become its line of the ledger."""
+
+    scan_id: str
+    version: str
+    facts: dict[str, Any]
+
+
+Labeller = Callable[[LabelTask], Labelled]
+
+
+def rule_of(config: LabelRuleConfig, info: ModelInfo) -> LabelRule:
+    """What the config leaves open is the run's."""
+    passes = PassSettings(
+        config.passes or info.passes, info.teacher_noise_sigma, info.teacher_noise_clip, info.uncertainty
+    )
+    threshold = info.threshold_nats if config.threshold is None else config.threshold
+    return LabelRule(passes, threshold, config.quantile, config.min_similarity, config.seed)
+
+
+def label_one(task: LabelTask) -> Labelled:
+    """Runs in a worker."""
+    begun = time.perf_counter()
+    use_threads(task.threads)
+    scan = open_scan(task.source)
+    model, device = cached_model(task.run, task.fingerprint)
+    staging = Path(task.staging)
+    with ExitStack() as stack:
+        spools = {kind: stack.enter_context(PlaneSpool(staging)) for kind in KINDS}
+        with _NETWORK:
+            waited = time.perf_counter()
+            facts = label_open_scan(
+                model, scan, scan_id=task.scan_id, rule=task.rule, overlap=task.overlap, device=device, spools=spools
+            )
+            network_s = time.perf_counter() - waited
+        for kind, spool in spools.items():
+            file = staged_path(staging, kind, task.scan_id)
+            spool.write_nifti(file, scan.native)
+            _to_disk(file)
+    more = {
+        "native_voxels": math.prod(scan.native.shape),
+        "run_voxel_ml": math.prod(model.spacing_mm) / 1000,
+        "network_s": round(network_s, 3),
+        "seconds": round(time.perf_counter() - begun, 3),
+    }
+    return Labelled(task.scan_id, task.source.version, {**dataclasses.asdict(facts), **more})
+
+
+def label_open_scan(
+    model: Model,
+    scan: OpenScan,
+    *,
+    scan_id: str,
+    rule: LabelRule,
+    overlap: float,
+    device: torch.device,
+    spools: dict[str, PlaneSpool],
+) -> ScanFacts:
+    """Mask and trust of `scan`, in its native geometry, into `spools`; packed in a thread beside the network."""
+    native, intensity = scan.native.geometry, scan.intensity
+    masks, trusts = (spools[kind] for kind in KINDS)
+
+    def sink(_: int, mask: Plane, trust: Plane) -> None:
+        if STOPPING.is_set():
+            raise InterruptedError("interrupted")
+        packer.put(masks.add, mask)
+        packer.put(trusts.add, trust)
+
+    with _Packer() as packer:
+        return label_scan(
+            scan.image,
+            scan_id=scan_id,
+            teacher=model.networks["teacher"],
+            matcher=model.matcher,
+            rule=rule,
+            grids=Grids(scan.geometry.spacing_mm, model.spacing_mm, native.spacing_mm, native.shape),
+            patch_zyx=model.patch_zyx,
+            overlap=overlap,
+            normalise=lambda box: model.intensity.normalise(
+                box, nonzero_mean=intensity.nonzero_mean, nonzero_sd=intensity.nonzero_sd
+            ),
+            fill=intensity.minimum,
+            num_classes=len(model.class_names),
+            batch_size=WINDOWS_A_BATCH,
+            device=device,
+            sink=sink,
+        )
+
+
+class _Packer:
+    """Packs planes in order in one thread; `put` waits while too many are waiting. A context manager."""
+
+    MOST_WAITING = 64  # planes: bounds memory where packing is slower than the network
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="pack")
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> _Packer:
+        return self
+
+    def put(self, add: Callable[[Plane], None], plane: Plane) -> None:
+        while len(self._waiting) >= self.MOST_WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(add, plane))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=error is not None)
+        if error is None:
+            for job in self._waiting:
+                job.result()
+
+
+def _to_disk(file: Path) -> None:
+    """Before the ledger says that it is done."""
+    with open(file, "rb") as content:
+        os.fsync(content.fileno())

@@ -1,0 +1,178 @@
+"""The ledger of a labelling: what is done, appended by the driver alone, and the step that makes a scan done.
+
+    OUT/ledger.jsonl       {"format", "identity"}, then a line an event:
+                           {"done": id, "version": of the image, "staged": folder, ...facts}
+                           {"failed": id, "attempt": n, "why": one line}
+    OUT/.staging/TOKEN/    finished files of one driver's workers, before they are committed
+    OUT/masks  OUT/trust   committed files
+
+A worker leaves both files of a scan, whole, under the staging folder. The driver appends the scan's line, then renames
+the files into place. The line is the commit: a driver killed after it is rolled forward by the next one, which renames
+what still waits; a scan without a line is labelled again. So no committed scan is done twice, and a mask in OUT/masks
+is whole and has its line. Losing power may cost the lines of the last second; their scans are labelled again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from distseg.errors import DataError, RunMismatchError
+
+FORMAT = 1
+SUFFIX = ".nii.gz"
+KINDS = ("masks", "trust")
+FSYNC_EVERY_S = 1.0
+_CHUNK_NBYTES = 1 << 16
+
+
+class Ledger:
+    """Opened for writing by the one driver that owns OUT. `staging` is this driver's folder for its workers.
+
+    `versions`: id -> version of the image, of every scan that is done and whose mask is there.
+    """
+
+    def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
+        """Raises RunMismatchError, with the difference, where OUT holds what another identity made."""
+        self._output, self._file_name = output, ledger_path(output)
+        for kind in KINDS:
+            (output / kind).mkdir(parents=True, exist_ok=True)
+        cut_torn_line(self._file_name)
+        new = not self._file_name.exists() or self._file_name.stat().st_size == 0
+        if not new:
+            _check_identity(self._file_name, identity)
+        self._file = open(self._file_name, "ab")  # noqa: SIM115  # closed by close()
+        self._synced = time.monotonic()
+        if new:
+            self._append({"format": FORMAT, "identity": dict(identity)})
+        self.versions = self._recovered()
+        self.staging = output / ".staging" / uuid.uuid4().hex[:12]
+        self.staging.mkdir(parents=True)
+
+    def commit(self, scan_id: str, version: str, facts: Mapping[str, Any]) -> None:
+        """Make a scan done whose files wait in `staging`."""
+        line = {"done": scan_id, "version": version, "staged": self.staging.name, **facts}
+        self._append(line)
+        for kind in KINDS:
+            os.replace(staged_path(self.staging, kind, scan_id), committed_path(self._output, kind, scan_id))
+
+    def fail(self, scan_id: str, *, attempt: int, why: str) -> None:
+        self._append({"failed": scan_id, "attempt": attempt, "why": why})
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        shutil.rmtree(self.staging.parent, ignore_errors=True)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        """Out of this process at once, so that killing it loses nothing; on the disk within a second."""
+        self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        self._file.flush()
+        if time.monotonic() - self._synced > FSYNC_EVERY_S:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def _recovered(self) -> dict[str, str]:
+        """Roll committed scans forward, delete what else was staged, and say what is done."""
+        done: dict[str, str] = {}
+        staged_by: dict[str, str] = {}
+        waiting = self._waiting()
+        for line in read_ledger(self._file_name):
+            if "done" in line:
+                done[line["done"]] = line["version"]
+                if line["done"] in waiting:
+                    staged_by[line["done"]] = line["staged"]
+        for scan_id, folder in staged_by.items():
+            for kind in KINDS:
+                staged = staged_path(self._output / ".staging" / folder, kind, scan_id)
+                if staged.exists():
+                    os.replace(staged, committed_path(self._output, kind, scan_id))
+        shutil.rmtree(self._output / ".staging", ignore_errors=True)
+        there = {entry.name for entry in os.scandir(self._output / "masks")}
+        return {scan_id: version for scan_id, version in done.items() if scan_id + SUFFIX in there}
+
+    def _waiting(self) -> set[str]:
+        """Ids of scans of which a killed driver left a finished file."""
+        files = (self._output / ".staging").glob(f"*/*/*{SUFFIX}")
+        return {file.name.removesuffix(SUFFIX) for file in files if not file.name.startswith(".")}
+
+
+def ledger_path(output: Path) -> Path:
+    return output / "ledger.jsonl"
+
+
+def staged_path(staging: Path, kind: str, scan_id: str) -> Path:
+    return staging / kind / (scan_id + SUFFIX)
+
+
+def committed_path(output: Path, kind: str, scan_id: str) -> Path:
+    return output / kind / (scan_id + SUFFIX)
+
+
+def read_identity(output: Path) -> dict[str, Any]:
+    """Of the labelling in OUT. Raises DataError where there is none."""
+    for line in _lines(ledger_path(output)):
+        if line.get("format") != FORMAT or not isinstance(line.get("identity"), dict):
+            break
+        identity: dict[str, Any] = line["identity"]
+        return identity
+    raise DataError("no output of distseg label", where=output, rule="it holds ledger.jsonl, masks/ and trust/")
+
+
+def read_ledger(file: Path) -> Iterator[dict[str, Any]]:
+    """The events of a ledger, streamed; a line that is still being written is left out."""
+    lines = _lines(file)
+    next(lines, None)
+    yield from lines
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    if not file.is_file():
+        return
+    with open(file, "rb") as content:
+        for number, line in enumerate(content, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                fix = "take another output=, or delete the line; its scan is labelled again"
+                raise DataError("line is not JSON", where=f"{file}:{number}", value=error, fix=fix) from error
+
+
+def _check_identity(file: Path, identity: Mapping[str, Any]) -> None:
+    old, new = read_identity(file.parent), dict(identity)
+    changed = sorted(key for key in old | new if old.get(key) != new.get(key))
+    differences = [f"{key}: {old.get(key)} there, {new.get(key)} asked" for key in changed]
+    if differences:
+        raise RunMismatchError(
+            "this output was labelled otherwise",
+            where=file.parent,
+            value="; ".join(differences[:3]),
+            fix="take another output= directory, or repeat the command it was made with",
+        )
+
+
+def cut_torn_line(file: Path) -> None:
+    """Take away a last line without its end, which a killed writer left; only the tail is read."""
+    if not file.is_file():
+        return
+    with open(file, "rb+") as content:
+        end = size = content.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _CHUNK_NBYTES)
+            content.seek(start)
+            newline = content.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            content.truncate(end)

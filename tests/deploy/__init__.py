@@ -1,0 +1,1 @@
+"""Tests of deploy/: manifests, images, scripts and guides."""

@@ -1,0 +1,290 @@
+"""distseg label on a tiny cohort: what is written, each scan once whatever kills the driver, failures."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from distseg.config.schema import LabelSectionConfig
+from distseg.data.cohort import Cohort
+from distseg.data.nifti import read_nifti
+from distseg.errors import DataError, InputError, RunMismatchError
+from distseg.inference import whole_scan
+from distseg.work.executor import LocalExecutor
+from distseg.work.label_cohort import LabelReport, label_cohort
+from distseg.work.label_task import Labelled, LabelTask, label_one
+from distseg.work.ledger import KINDS, Ledger, ledger_path, read_identity, read_ledger
+from tests.unit.tiny_run import CLASS_NAMES, make_run
+
+SETTINGS = LabelSectionConfig(overlap=0.25, review_scans=2, next_scans=3)
+ALL = ["a", "b", "c", "d", "e", "f", "u", "v", "w"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(autouse=True)
+def _forget_models() -> Iterator[None]:
+    whole_scan.cached_model.cache_clear()
+    yield
+    whole_scan.cached_model.cache_clear()
+
+
+def label(run: str, cohort: str, output: Path, settings: LabelSectionConfig = SETTINGS, **more: Any) -> LabelReport:
+    more.setdefault("executor", LocalExecutor(1))
+    return label_cohort(run=run, cohort=cohort, output=str(output), settings=settings, progress=False, **more)
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {f"{kind}/{f.name}": f.read_bytes() for kind in KINDS for f in sorted((output / kind).iterdir())}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: str, cohort_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All scans labelled in one go; read only."""
+    output = tmp_path_factory.mktemp("out") / "labels"
+    report = label(run, cohort_path, output)
+    assert (report.labelled, report.done_before, report.set_aside) == (9, 0, [])
+    return output
+
+
+def test_what_is_written(undisturbed: Path, cohort_path: str) -> None:
+    assert sorted(p.name for p in undisturbed.iterdir()) == [
+        "ledger.jsonl", "masks", "next_to_label.csv", "owner.json", "review.html", "scans.csv", "trust",
+    ]  # fmt: skip
+    cohort = Cohort.open(cohort_path)
+    codes = set()
+    for scan_id in ALL:
+        native = cohort.scan(scan_id).native
+        for kind in KINDS:
+            image = nib.load(undisturbed / kind / f"{scan_id}.nii.gz")
+            assert image.get_data_dtype() == np.uint8
+            assert image.shape == native.shape
+            np.testing.assert_allclose(image.affine, native.affine)
+        mask, trust = (read_nifti(undisturbed / kind / f"{scan_id}.nii.gz").array for kind in KINDS)
+        assert mask.max() < len(CLASS_NAMES)
+        codes |= set(np.unique(trust // 64))
+    assert codes == {0, 1}
+    with open(undisturbed / "scans.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["scan_id"] for row in rows) == ALL
+    errors = [float(row["expected_error"]) for row in rows]
+    assert errors == sorted(errors, reverse=True)
+    assert [int(row["rank"]) for row in rows] == list(range(1, 10))
+    for row in rows:
+        mask = read_nifti(undisturbed / "masks" / f"{row['scan_id']}.nii.gz").array
+        for value, name in ((1, "hip"), (2, "femur")):
+            native_ml = (mask == value).sum() * 0.012
+            assert float(row[f"volume_ml_{name}"]) == pytest.approx(native_ml, rel=0.35, abs=3)
+    with open(undisturbed / "next_to_label.csv") as file:
+        chosen = list(csv.DictReader(file))
+    assert [row["by"] for row in chosen] == ["doubt_and_diversity"] * 3 + ["random"] * 3
+    assert chosen[0]["scan_id"] == rows[0]["scan_id"]
+    page = (undisturbed / "review.html").read_text()
+    assert page.count("<img ") == 2
+    assert all(scan in page for scan in ALL)
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_again_does_nothing_and_other_settings_are_refused(undisturbed: Path, run: str, cohort_path: str) -> None:
+    before = {f: f.stat().st_mtime_ns for kind in KINDS for f in (undisturbed / kind).iterdir()}
+
+    def never(task: LabelTask) -> Labelled:
+        raise AssertionError(f"{task.scan_id} is labelled again")
+
+    report = label(run, cohort_path, undisturbed, labeller=never)
+    assert (report.labelled, report.done_before, report.set_aside) == (0, 9, [])
+    assert before == {f: f.stat().st_mtime_ns for kind in KINDS for f in (undisturbed / kind).iterdir()}
+    other = dataclasses.replace(SETTINGS, threshold=0.9)
+    with pytest.raises(RunMismatchError, match=r"labelled otherwise.*threshold_nats: 1\.05 there, 0\.9 asked"):
+        label(run, cohort_path, undisturbed, other)
+    with pytest.raises(InputError, match="no output of distseg label"):
+        read_identity(undisturbed.parent)
+
+
+def test_a_folder_of_images_gives_what_its_cohort_gives(
+    undisturbed: Path, run: str, cohort_path: str, tmp_path: Path
+) -> None:
+    report = label(run, str(Path(cohort_path).parent / "source"), tmp_path / "o", executor=LocalExecutor(1, at_once=2))
+    assert report.labelled == 9
+    assert contents(tmp_path / "o") == contents(undisturbed)
+
+
+def test_only_unlabelled_and_without_references(
+    cohort_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, matching=False)
+    settings = dataclasses.replace(SETTINGS, only="unlabelled", next_scans=1)
+    assert label(run, cohort_path, tmp_path / "o", settings).labelled == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the run's method, uamt, has no references: voxels in doubt take the teacher's argmax" in said
+    trust = read_nifti(tmp_path / "o/trust/u.nii.gz").array
+    assert set(np.unique(trust // 64)) == {0, 2}
+    assert "no references to match against" in (tmp_path / "o/review.html").read_text()
+
+
+def test_nothing_to_label(run: str, cohort_path: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no image found"):
+        label(run, str(tmp_path / "empty"), tmp_path / "o")
+    with pytest.raises(InputError, match="no cohort and no folder of images there"):
+        label(run, str(tmp_path / "gone"), tmp_path / "o")
+    with pytest.raises(DataError, match="no trained model here"):
+        label(str(tmp_path / "gone"), cohort_path, tmp_path / "o")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write there"):
+        label(run, cohort_path, tmp_path / "file" / "o")
+    assert not (tmp_path / "o").exists()
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+class Fails:
+    """Fails on some scans, so many times each."""
+
+    def __init__(self, times: dict[str, int]) -> None:
+        self.left, self.calls = dict(times), []
+
+    def __call__(self, task: LabelTask) -> Labelled:
+        self.calls.append(task.scan_id)
+        if self.left.get(task.scan_id, 0) > 0:
+            self.left[task.scan_id] -= 1
+            raise DataError("disk went away", where=task.scan_id)
+        return label_one(task)
+
+
+def test_a_failing_scan_is_tried_again_then_set_aside(run: str, cohort_path: str, tmp_path: Path) -> None:
+    fails = Fails({"b": 1, "u": 2})
+    report = label(run, cohort_path, tmp_path / "o", labeller=fails)
+    assert (report.labelled, report.set_aside) == (8, [("u", "u: disk went away")])
+    assert fails.calls == [*ALL, "b", "u"]  # after the others
+    failed = [line for line in read_ledger(ledger_path(tmp_path / "o")) if "failed" in line]
+    assert [(line["failed"], line["attempt"]) for line in failed] == [("b", 1), ("u", 1), ("u", 2)]
+    assert "1 scan has no mask" in (tmp_path / "o/review.html").read_text()
+    again = label(run, cohort_path, tmp_path / "o")
+    assert (again.labelled, again.done_before, again.set_aside) == (1, 8, [])
+
+
+def test_an_image_that_changed_is_labelled_again(run: str, cohort_path: str, tmp_path: Path) -> None:
+    source = tmp_path / "images"
+    source.mkdir()
+    image = nib.load(Path(cohort_path).parent / "source/imagesTr/a_0000.nii.gz")
+    for name in ("one", "two"):
+        nib.save(image, source / f"{name}.nii.gz")
+    settings = dataclasses.replace(SETTINGS, review_scans=0)
+    assert label(run, str(source), tmp_path / "o", settings).labelled == 2
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[::-1], image.affine), source / "two.nii.gz")
+    before = contents(tmp_path / "o")
+    assert label(run, str(source), tmp_path / "o", settings).labelled == 1
+    after = contents(tmp_path / "o")
+    assert {name for name in before if before[name] != after[name]} == {"masks/two.nii.gz", "trust/two.nii.gz"}
+    (tmp_path / "o/masks/one.nii.gz").unlink()  # not a mask any more: not done any more
+    assert label(run, str(source), tmp_path / "o", settings).labelled == 1
+    assert contents(tmp_path / "o") == after
+
+
+# --- whatever kills the driver ---------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL inside this process: nothing after it runs but the kernel's part."""
+
+
+@pytest.mark.parametrize("replaces", [0, 1, 2])
+def test_killed_inside_a_commit(
+    undisturbed: Path, run: str, cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaces: int
+) -> None:
+    """The line is the commit: with it, the next driver finishes what is left; before it, the scan is labelled again."""
+    output = tmp_path / "o"
+    real, made = os.replace, []
+
+    def dying(source: Any, target: Any) -> None:
+        if Path(target).parent.parent == output:
+            if len(made) == 2 * 3 + replaces:
+                raise Killed
+            made.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(Ledger, "close", lambda ledger: ledger._file.close())
+    monkeypatch.setattr("distseg.work.ledger.os.replace", dying)
+    with pytest.raises(Killed):
+        label(run, cohort_path, output)
+    monkeypatch.undo()
+    with open(ledger_path(output), "ab") as file:
+        file.write(b'{"done":"torn')
+    committed = [line["done"] for line in list(read_ledger(ledger_path(output))) if "done" in line]
+    assert len(committed) == 4 + replaces // 2
+    calls = Fails({})
+    report = label(run, cohort_path, output, labeller=calls)
+    assert report.done_before == len(committed)
+    assert sorted([*committed, *calls.calls]) == ALL
+    assert contents(output) == contents(undisturbed)
+    assert not (output / ".staging").exists()
+
+
+def _drive(run: str, cohort: str, output: str) -> None:
+    label_cohort(
+        run=run, cohort=cohort, output=output, settings=SETTINGS, executor=LocalExecutor(1, at_once=2), progress=False
+    )
+
+
+def test_three_kills_leave_what_no_kill_leaves(undisturbed: Path, run: str, cohort_path: str, tmp_path: Path) -> None:
+    """SIGKILL of a real driver at three points; no committed scan is done again. Twenty, of the command line, and Ray's
+    actors are in the slow suite."""
+    output = tmp_path / "o"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distseg.work.label_cohort"])
+    committed: dict[str, int] = {}
+    for masks in (1, 3, 6):
+        process = context.Process(target=_drive, args=(run, cohort_path, str(output)))
+        process.start()
+        while process.is_alive() and len(list((output / "masks").glob("[!.]*"))) < masks:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        inodes = {f.name: f.stat().st_ino for f in (output / "masks").glob("[!.]*")}
+        assert committed.items() <= inodes.items()
+        committed = inodes
+    report = label(run, cohort_path, output)
+    assert report.done_before >= 6
+    assert committed.items() <= {f.name: f.stat().st_ino for f in (output / "masks").iterdir()}.items()
+    assert contents(output) == contents(undisturbed)
+    lines = [line["done"] for line in read_ledger(ledger_path(output)) if "done" in line]
+    assert sorted(lines) == ALL
+
+
+def test_what_a_dead_drivers_worker_still_writes_is_never_shown(
+    undisturbed: Path, run: str, cohort_path: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "o"
+    stale = output / ".staging/dead/masks"
+    stale.mkdir(parents=True)
+    (stale / "a.nii.gz").write_bytes(b"half")
+    (stale / ".b.nii.gz.12345678").write_bytes(b"half")
+    label(run, cohort_path, output)
+    assert contents(output) == contents(undisturbed)
+
+
+def test_a_damaged_ledger_is_said(run: str, cohort_path: str, tmp_path: Path) -> None:
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o/ledger.jsonl").write_text("nonsense\n")
+    with pytest.raises(DataError, match=r"ledger\.jsonl:1: line is not JSON"):
+        label(run, cohort_path, tmp_path / "o")
+    (tmp_path / "o/ledger.jsonl").write_text(json.dumps({"format": 99}) + "\n")
+    with pytest.raises(DataError, match="no output of distseg label"):
+        label(run, cohort_path, tmp_path / "o")
