@@ -28,7 +28,7 @@ from distseg.inference.model import load_model
 from distseg.matching.bank import load_bank
 from distseg.training import checkpoint as checkpoint_module
 from distseg.training import doubt, loop
-from distseg.training.alarms import Alarms, alarm_text
+from distseg.training.alarms import Alarms, alarm_text, sounded
 from distseg.training.local import train_local
 from distseg.training.loop import TrainResult, train_rank
 from distseg.training.reduce import Communicator, FlatGradients, SingleProcess, TorchDistributed
@@ -446,6 +446,17 @@ def test_alarms_by_hand() -> None:
         alarms = Alarms([row] * 23)
         assert (alarms.of(row), alarms.of(row)) == ({}, expected)
         assert all(alarm_text(name, row).startswith("step 9: ") for name in expected)
+    # Of a whole run, in words: means over the steps that sounded.
+    course = [
+        {**quiet, "step": 1},
+        {**quiet, "step": 2, "foreground_matched": 0.6, "alarm_matched_flood": 1},
+        {**quiet, "step": 3, "foreground_matched": 0.8, "alarm_matched_flood": 1, "alarm_flood": 1},
+    ]
+    flood, matched = sounded(course)
+    assert (flood.name, flood.when) == ("alarm_flood", "at 1 of 3 steps, from 3 to 3")
+    assert (matched.name, matched.when) == ("alarm_matched_flood", "at 2 of 3 steps, from 2 to 3")
+    assert matched.text.startswith("flood of matched labels: 70% of")
+    assert sounded(course[:1]) == sounded([]) == []
     # A mean over the window: one wild step is no alarm.
     assert Alarms([quiet] * 24).of({**quiet, "foreground_matched": 0.7}) == {}
 
