@@ -164,7 +164,7 @@ def test_bfloat16_passes_give_the_same_labels() -> None:
 def test_precision_is_bfloat16_where_the_device_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     for there, expected in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, there=there: there)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda there=there, **_: there)
         assert resolved_precision("auto", gpu) == expected
     assert resolved_precision("auto", CPU) == "float32"
     assert resolved_precision("bfloat16", CPU) == "bfloat16"
