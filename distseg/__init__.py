@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-VERBS = ("benchmark", "cohort", "demo", "doctor", "evaluate", "export", "ingest", "label", "predict", "train")
+VERBS = (
+    "benchmark", "cohort", "demo", "doctor", "evaluate", "export", "ingest", "label", "predict", "train", "tune",
+)  # fmt: skip
 __all__ = ["__version__", *VERBS]
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from distseg.api import label as label
     from distseg.api import predict as predict
     from distseg.api import train as train
+    from distseg.api import tune as tune
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,7 @@ from distseg.config.schema import (
     PredictConfig,
     ResourcesConfig,
     TrainRunConfig,
+    TuneRunConfig,
 )
 from distseg.errors import ConfigError, FinishedWithFailures
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from distseg.work.label_cohort import LabelReport
     from distseg.work.label_estimate import LabelEstimate
     from distseg.work.predict import PredictReport
+    from distseg.work.tune import TuneResult
 
 Launcher = Literal["ray", "local"]
 Config = TypeVar("Config")
@@ -353,6 +355,50 @@ def benchmark_from_config(config: BenchmarkConfig) -> BenchmarkResult:
     cells = ResourcesConfig(workers=config.side_by_side, gpus_per_worker=config.resources.gpus_per_worker)
     with _executor(config.launcher, cells) as executor:
         return run_benchmark(config, executor=executor)
+
+
+def tune(
+    *,
+    cohort: str | os.PathLike[str],
+    run: str | os.PathLike[str],
+    space: str | os.PathLike[str],
+    trials: int | None = None,
+    runner: Literal["inline", "train"] | None = None,
+    method: str | None = None,
+    preset: str | None = None,
+    matching: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+) -> TuneResult:
+    """Sweep a search space; the best model in RUN/best, trials.csv and report.html beside it. Resumes.
+
+    `space` is a name of conf/space or a YAML file; `overrides` are dotted keys of TuneRunConfig: those of `train` that
+    every trial shares, and {"tune.search": "optuna", "tune.scheduler": "none"}. Raises ConfigError before anything
+    runs, and FinishedWithFailures with the trials that failed, when the others are in the table.
+    """
+    from distseg.config.compose import tune_config
+
+    keys = {"tune.trials": trials, "tune.runner": runner}
+    given = {**(overrides or {}), **{key: value for key, value in keys.items() if value is not None}}
+    choice = {"method": method} if method is not None else {}
+    config = tune_config(
+        cohort=os.fspath(cohort), run=os.fspath(run), space=os.fspath(space), preset=preset, matching=matching,
+        overrides={**given, "dry_run": dry_run}, **choice,
+    )  # fmt: skip
+    return tune_from_config(config)
+
+
+def tune_from_config(config: TuneRunConfig) -> TuneResult:
+    from distseg.work.tune import LocalTrials, run_tune
+
+    config = _absolute(config, "cohort", "run")
+    config.train = _absolute(config.train, "init_from")
+    if config.launcher == "local":
+        with _executor("local", ResourcesConfig(workers=config.tune.concurrent or 1)) as executor:
+            return run_tune(config, runner=LocalTrials(executor), train=train_from_config)
+    from distseg.distributed.tune import RayTrials
+
+    return run_tune(config, runner=RayTrials(config.resources), train=train_from_config)
 
 
 def export(

@@ -115,7 +115,7 @@ def _call(verb: Verb, composed: DictConfig, notice: str, sweep_folder: str) -> N
 
 def _derived(verb: Verb, overrides: Sequence[Override]) -> tuple[list[str], str]:
     """What the given keys decide about others: the preset where none was asked for, and the device's groups."""
-    if verb.name != "train":
+    if not verb.takes_groups:
         return [], ""
     from distseg.config.presets import default_preset
 
@@ -171,7 +171,7 @@ def register(verb: Verb) -> None:
     store.store(name=f"schema_{verb.name}", node=verb.schema())
     help_texts = {"app_name": "distseg", "header": "", "footer": "", "template": help_template(verb)}
     store.store(group="hydra/help", name=f"distseg_{verb.name}", node=help_texts, package="hydra.help")
-    if verb.name != "train":
+    if not verb.takes_groups:
         return
     groups: dict[str, dict[str, Any]] = {
         "method": METHODS,

@@ -19,9 +19,13 @@ from distseg.errors import ConfigError, InputError
 VERBATIM_KEYS = frozenset(
     (
         "cohort", "run", "source", "input", "output", "train.init_from", "scan", "name",
-        "suite", "phase_a_from", "storage", "logging.mlflow", "logging.wandb",
+        "suite", "phase_a_from", "storage", "tune.space", "logging.mlflow", "logging.wandb",
     )
 )  # fmt: skip
+
+
+# Short for a key of a section. (A plain `space` would be Hydra's group of that name: conf/space is a folder.)
+SHORT_KEYS = {"space": "tune.space"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Verb:
     summary: str
     schema_name: str
     show: Callable[[Any, Any], None]
+
+    @property
+    def takes_groups(self) -> bool:
+        """Whether method=, preset= and matching= choose values for it."""
+        return self.name in ("train", "tune")
 
     def schema(self) -> type[Any]:
         from distseg.config import schema
@@ -82,7 +91,7 @@ def usage() -> str:
 
 def help_template(verb: Verb) -> str:
     """What `distseg VERB --help` prints; Hydra fills in $CONFIG."""
-    groups = _choices() if verb.name == "train" else {}
+    groups = _choices() if verb.takes_groups else {}
     chooses = [f"  {group}={'|'.join(names)}" for group, names in groups.items()]
     lines = [f"distseg {verb.name} [key=value ...]: {verb.summary}", ""]
     lines += ["Groups, each a set of values for the keys below", *chooses, ""] if chooses else []
@@ -104,8 +113,11 @@ def first_line(error: BaseException) -> str:
 
 
 def literal_override(argument: str) -> str:
-    """Quote the value of a verbatim key, so that Hydra's grammar and OmegaConf's interpolation leave it alone."""
+    """Quote the value of a verbatim key, so that Hydra's grammar and OmegaConf's interpolation leave it alone; and
+    write a short key out."""
     key, equals, value = argument.partition("=")
+    if equals and key in SHORT_KEYS:
+        key = SHORT_KEYS[key]
     if not equals or key.lstrip("+") not in VERBATIM_KEYS:
         return argument
     return f"{key}='{_hydra_quoted(omegaconf_escaped(value))}'"
@@ -120,7 +132,7 @@ def _hydra_quoted(value: str) -> str:
 def check_overrides(verb: Verb, overrides: Sequence[Override]) -> Sequence[Override]:
     """Raise ConfigError for a key the verb does not have, or a group's choice that does not exist."""
     keys = verb.all_keys()
-    choices = _choices() if verb.name == "train" else {}
+    choices = _choices() if verb.takes_groups else {}
     for override in overrides:
         if re.match(r"hydra[./]|hydra$", override.key):
             continue
@@ -251,6 +263,8 @@ VERBS = {
         Verb("train", "one run; the same command again resumes", "TrainRunConfig", _show_train),
         Verb("evaluate", "IoU, Dice, HD95 and ASD on a split, and a report", "EvaluateConfig", _show_evaluate),
         Verb("predict", "one file or folder -> masks in the input's own grid", "PredictConfig", _show_predict),
+        Verb("tune", "a sweep of thresholds, weights or any key of train -> the best model, a table, a report",
+             "TuneRunConfig", _show_nothing),
         Verb("label", "masks for every scan of a cohort, once, and which to distrust", "LabelConfig", _show_label),
         Verb("benchmark", "a suite of methods x label counts x seeds -> tables and figure", "BenchmarkConfig",
              _show_nothing),

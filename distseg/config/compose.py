@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distseg.config.checks import one_of
 from distseg.config.presets import MATCHINGS, METHODS, ON_GPU, PRESET_METHOD, PRESETS, default_preset
 from distseg.config.quoting import omegaconf_escaped
-from distseg.config.schema import TrainRunConfig
+from distseg.config.schema import TrainRunConfig, TuneRunConfig
 from distseg.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -55,6 +55,34 @@ def train_config(
     as they are, `${` included.
     Raises ConfigError for an unknown name or key, or a value outside its rule.
     """
+    paths = {"cohort": cohort, "run": run}
+    return _composed(TrainRunConfig, paths, method=method, preset=preset, matching=matching, overrides=overrides)
+
+
+def tune_config(
+    *,
+    cohort: str,
+    run: str,
+    space: str,
+    method: str = "embedding_matching",
+    preset: str | None = None,
+    matching: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> TuneRunConfig:
+    """The same for a sweep; `overrides` may hold keys of `tune`. Raises ConfigError as `train_config` does."""
+    paths = {"cohort": cohort, "run": run, "tune": {"space": space}}
+    return _composed(TuneRunConfig, paths, method=method, preset=preset, matching=matching, overrides=overrides)
+
+
+def _composed(
+    schema: type[Config],
+    paths: Mapping[str, Any],
+    *,
+    method: str,
+    preset: str | None,
+    matching: str | None,
+    overrides: Mapping[str, Any] | None,
+) -> Config:
     overrides = dict(overrides or {})
     gpus_per_worker = float(overrides.get("resources.gpus_per_worker", 0.0))
     preset = preset or default_preset(gpus_per_worker)
@@ -66,15 +94,30 @@ def train_config(
     if matching is not None:
         one_of("matching", matching, tuple(MATCHINGS))
         layers.append(MATCHINGS[matching])
-    node = OmegaConf.structured(TrainRunConfig)
+    node = OmegaConf.structured(schema)
     try:
-        for layer in (*layers, _literal({"cohort": cohort, "run": run})):
+        for layer in (*layers, _literal(paths)):
             node = OmegaConf.merge(node, layer)
         for key, value in overrides.items():
             OmegaConf.update(node, key, _literal(value), force_add=False)
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error), fix="distseg train --help lists the keys") from None
-    return to_typed(node, TrainRunConfig)
+    return to_typed(node, schema)
+
+
+def with_overrides(config: TrainRunConfig, overrides: Mapping[str, Any]) -> TrainRunConfig:
+    """`config` with dotted keys set; a `matching.kind` brings the other keys of that matching with it.
+
+    Raises ConfigError for an unknown key, or a value outside its rule.
+    """
+    chosen = MATCHINGS.get(str(overrides.get("matching.kind")), {})
+    node = OmegaConf.merge(OmegaConf.structured(TrainRunConfig), _literal(to_plain(config)))
+    try:
+        for key, value in {**dict(flatten(chosen)), **overrides}.items():
+            OmegaConf.update(node, key, _literal(value), force_add=False)
+    except OmegaConfBaseException as error:
+        raise ConfigError(first_line(error), fix="distseg train --help lists the keys") from None
+    return to_typed(node, TrainRunConfig)  # type: ignore[arg-type]  # merge of a structured node is a DictConfig
 
 
 def first_line(error: Exception) -> str:

@@ -14,6 +14,8 @@ METHOD_NAMES = ("supervised", "mean_teacher", "uamt", "cct", "mtc", "dtc", "embe
 _WITHOUT_TEACHER = ("supervised", "cct", "mtc", "dtc")  # no pass of theirs needs dropout to differ from another
 PRESET_NAMES = ("small", "full", "xie2024")
 LAUNCHERS = ("ray", "local")
+# What training measures on validation patches, keys of metrics.jsonl, and whether more of it is better.
+OBJECTIVES = {"val_dice": "max"}
 EXPORT_FORMATS = ("monai_bundle", "onnx", "torchscript")
 
 
@@ -384,6 +386,46 @@ class TrainRunConfig:
             f"at most train.batch_size = {self.train.batch_size}: a worker without a slot would idle",
             "raise train.batch_size or lower resources.workers",
         )
+
+
+@dataclass
+class TuneConfig:
+    """What a sweep tries and how. A trial is a run of `train.steps` in its own directory."""
+
+    space: str = MISSING  # one of conf/space, or the path of a YAML file; `space=` for short
+    trials: int | None = None  # in all, the default among them; None: 16, or every point of a grid
+    search: str = "random"  # random; grid: all values of choices; optuna: its TPE, from the extra `tune`
+    scheduler: str | None = None  # asha, pbt or none; None: asha with Ray, none without
+    runner: str | None = None  # inline, train; None: inline where a trial has one worker
+    concurrent: int | None = None  # trials at once; None: as many as the cluster has room for
+    objective: str = "val_dice"  # a key of metrics.jsonl, measured on validation patches only
+    looks: int = 9  # at the objective, evenly over a trial: with `reduction` 3, ASHA decides after 1/9 and 1/3 of it
+    reduction: int = 3  # ASHA lets one in so many go on at each rung
+    validation_share: float = 0.05  # of a trial's network passes that looking may take; fewer patches if need be
+    warmup_steps: int | None = None  # supervised steps all trials branch from; None: train.steps if the space allows
+    default_first: bool = True  # the configuration as it stands is the first trial
+
+    def __post_init__(self) -> None:
+        one_of("tune.search", self.search, ("random", "grid", "optuna"))
+        if self.scheduler is not None:
+            one_of("tune.scheduler", self.scheduler, ("none", "asha", "pbt"))
+        if self.runner is not None:
+            one_of("tune.runner", self.runner, ("inline", "train"))
+        one_of("tune.objective", self.objective, tuple(OBJECTIVES))
+        at_least("tune.looks", self.looks, 1)
+        at_least("tune.reduction", self.reduction, 2)
+        between("tune.validation_share", self.validation_share, 0.001, 1.0)
+        for name, least in (("trials", 1), ("concurrent", 1), ("warmup_steps", 0)):
+            if getattr(self, name) is not None:
+                at_least(f"tune.{name}", getattr(self, name), least)
+
+
+@dataclass
+class TuneRunConfig(TrainRunConfig):
+    """`distseg tune`: the configuration every trial starts from, and how to sweep."""
+
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    dry_run: bool = False  # say what it would take, and stop
 
 
 @dataclass

@@ -35,6 +35,8 @@ class Purpose(IntEnum):
     LABELLED_PATCHES = 22
     LABEL = 23  # the teacher's passes over a whole scan
     NEXT_TO_LABEL = 24
+    TRIAL = 25
+    PERTURB = 26
 
 
 def _sequence(seed: int, purpose: Purpose, counters: tuple[int, ...]) -> np.random.SeedSequence:

@@ -40,15 +40,18 @@ MAX_CONTROLLER_FAILURES = 3  # by default Ray tries for ever to find resources
 _POLL_S = 0.5
 
 
-def train_on_ray(config: TrainRunConfig) -> TrainResult:
-    """Train on `resources.workers` Ray Train workers, from the newest checkpoint of the run directory."""
+def train_on_ray(config: TrainRunConfig, *, cpus_per_worker: int | None = None) -> TrainResult:
+    """Train on `resources.workers` Ray Train workers, from the newest checkpoint of the run directory.
+
+    `cpus_per_worker`: None shares out all that the cluster has.
+    """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     resources = config.resources
     with connect(workers=resources.workers, gpus_per_worker=resources.gpus_per_worker):
         run, plan = open_run(config)
         resumed_from = newest_step(run.checkpoints)
-        cpus = _cpus_per_worker(resources.workers)
+        cpus = cpus_per_worker or _cpus_per_worker(resources.workers)
         # Held: the actor lives as long as its handle.
         _owner = (
             start_owner(config, run.path / "bank", num_classes=plan.num_classes, scan_ids=plan.labelled)

@@ -259,10 +259,17 @@ def _flat(width: int, similarity: str) -> Any:
     return faiss.IndexFlatIP(width) if similarity == "cosine" else faiss.IndexFlatL2(width)
 
 
+def faiss_module() -> Any:
+    """The module as it is; what Python raises where it is missing or broken is the caller's to explain."""
+    import faiss
+
+    return faiss
+
+
 def _faiss() -> Any:
     """The module, loaded on first use. Raises ConfigError where its installation is broken."""
     try:
-        import faiss
+        faiss = faiss_module()
     except ImportError as error:
         raise broken_faiss(error) from error
     if not hasattr(faiss, "IndexFlatIP"):  # a folder that another package's removal left behind

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from distseg.matching.index import faiss_module
+
 DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cu11")
 _REFERENCES, _QUERIES, _WIDTH, _NEIGHBOURS = 5000, 200, 32, 5
 
@@ -34,7 +36,7 @@ def faiss_report() -> FaissReport:
     """Look at the installed distributions, import the module, search once on the CPU."""
     found = tuple(f"{name} {installed}" for name in DISTRIBUTIONS if (installed := _version(name)))
     try:
-        import faiss
+        faiss = faiss_module()
     except (ImportError, AttributeError, OSError) as error:  # half of a package: missing names, missing libraries
         missing = isinstance(error, ModuleNotFoundError) and error.name == "faiss"
         return FaissReport(found, error=None if missing and not found else f"{type(error).__name__}: {error}")

@@ -18,7 +18,7 @@ from distseg.errors import ConfigError
 BACKENDS = ("auto", "faiss", "torch")
 KINDS = ("auto", "flat", "ivf")
 DEVICES = ("auto", "cpu", "cuda")
-BACKEND_KEY, KIND_KEY, DEVICE_KEY = "matching.backend", "matching.search", "matching.device"  # what messages name
+BACKEND_KEY, KIND_KEY, DEVICE_KEY = "matching.backend", "matching.index", "matching.device"  # what messages name
 # Rows from which IVF is worth its 0.5 to 1 % of neighbours missed: exact search then takes 15-25 us a query on a core.
 IVF_FROM = 20_000
 
@@ -46,8 +46,8 @@ def choose(
     if where == "cuda" and not torch.cuda.is_available():
         raise ConfigError("no GPU for the reference index", value="cuda", fix="set matching.device=cpu")
     if backend == "torch" and kind == "ivf":
-        fix = "set matching.search=flat, or matching.backend=faiss"
-        raise ConfigError("torch searches exactly", value="matching.search=ivf", fix=fix)
+        fix = "set matching.index=flat, or matching.backend=faiss"
+        raise ConfigError("torch searches exactly", value="matching.index=ivf", fix=fix)
     if backend == "torch":
         return Choice("torch", "flat", where, f"torch as asked, exact; {where} {why_there}")
     if backend == "auto" and kind != "ivf":
@@ -62,7 +62,7 @@ def choose(
         if backend == "auto" and kind == "auto":
             return Choice("torch", "flat", where, f"exact: {count} rows would do with IVF, but FAISS is not installed")
         fix = "pip install 'distseg[cpu]' (or [gpu]), or set matching.backend=torch"
-        raise ConfigError("FAISS is not installed", value=f"matching.backend={backend} matching.search={kind}", fix=fix)
+        raise ConfigError("FAISS is not installed", value=f"matching.backend={backend} matching.index={kind}", fix=fix)
     if where == "cuda" and gpus == 0:
         if device == "cuda":
             fix = "install distseg[gpu] in place of distseg[cpu], or set matching.backend=torch"

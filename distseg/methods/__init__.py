@@ -67,3 +67,10 @@ def passes_per_step(config: TrainRunConfig) -> Passes:
         return passes
     made = config.references.patches * (1 + config.references.doubt_passes)
     return passes._replace(forward=passes.forward + made / (config.references.every_steps * config.train.batch_size))
+
+
+def passes_a_slot(config: TrainRunConfig) -> float:
+    """What a step costs, in forward passes of the network a slot: a backward counts as two, an auxiliary decoder as
+    half a network, both ways."""
+    passes = passes_per_step(config)
+    return passes.forward + 2.0 * passes.backward + 1.5 * passes.decoders

@@ -42,7 +42,7 @@ class Feed:
         slots: tuple[int, ...],
         num_classes: int,
         references: ReferencesConfig | None,
-        spacing_mm: Sequence[float],
+        spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
         needs_unlabelled: bool,
         distances: DistanceMaps | None = None,
         truth_of: frozenset[str] = frozenset(),

@@ -61,9 +61,9 @@ class RunDirectory:
     def check_same(self, config: TrainRunConfig, stored: StoredRun) -> None:
         """Raises RunMismatchError, with the difference, if another run lives here."""
         old, new = identity(stored.config), identity(config)
-        differences = [
-            f"{k}: {old.get(k)} there, {new.get(k)} asked" for k in sorted(old | new) if old.get(k) != new.get(k)
-        ]
+        # What both have comes first: another method brings other keys with it.
+        keys = sorted(old | new, key=lambda key: (key not in old or key not in new, key))
+        differences = [f"{k}: {old.get(k)} there, {new.get(k)} asked" for k in keys if old.get(k) != new.get(k)]
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise RunMismatchError(

@@ -68,7 +68,7 @@ def open_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:
     if stored is not None:
         run.check_same(config, stored)
         return run, stored.plan
-    parent = _parent(config)
+    parent = parent_plan(config)
     plan = make_plan(config, Cohort.open(config.cohort), parent=parent)
     make_method(config, num_classes=plan.num_classes)  # refuses what it cannot serve before a directory is made
     run.create(config, plan)
@@ -233,7 +233,7 @@ def wants_gpu(config: TrainRunConfig) -> bool:
     return True
 
 
-def _parent(config: TrainRunConfig) -> Plan | None:
+def parent_plan(config: TrainRunConfig) -> Plan | None:
     """The plan of the run to branch from, if its network and classes fit."""
     if config.train.init_from is None:
         return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +22,13 @@ from distseg.config.schema import BenchmarkConfig
 from distseg.config.subsets import Name
 from distseg.config.suites import Suite, load_suite
 from distseg.data.cohort import Cohort
-from distseg.errors import ConfigError, DataError, InputError, RunMismatchError
+from distseg.errors import ConfigError, DataError, RunMismatchError
 from distseg.evaluation.compare import detectable_effect
 from distseg.methods import make_method
 from distseg.training.plan import choose_labelled, make_plan
 from distseg.training.run import RunDirectory, write_atomic
 from distseg.work.benchmark_cells import Cell, make_cells
+from distseg.work.claim import claim
 
 FORMAT = 1
 _HEAD = "# What this directory was made with: `distseg benchmark` refuses another suite or a changed cohort here.\n"
@@ -87,17 +87,9 @@ def prepare(config: BenchmarkConfig) -> Benchmark:
 
 @contextlib.contextmanager
 def claimed(config: BenchmarkConfig, benchmark: Benchmark) -> Iterator[Path]:
-    """Write RUN/benchmark.yaml and hold the directory: a second `distseg benchmark` in it is refused meanwhile.
-
-    The kernel frees a dead owner's lock.
-    """
+    """Write RUN/benchmark.yaml and hold the directory: a second `distseg benchmark` in it is refused meanwhile."""
     folder = Path(config.run)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError("another benchmark is at work here", where=folder, fix="wait for it") from None
+    with claim(folder, "benchmark"):
         write_atomic(folder / "benchmark.yaml", _HEAD + yaml.safe_dump(dict(benchmark.record), sort_keys=False))
         yield folder
 
@@ -126,7 +118,7 @@ def _stored(run: Path, suite: Suite, config: BenchmarkConfig, cohort: Cohort) ->
             raise RunMismatchError(
                 "holds a benchmark of another cohort", where=run, value=content["cohort"], fix="choose another run="
             )
-        if content["cohort_digest"] != _digest(cohort):
+        if content["cohort_digest"] != cohort_digest(cohort):
             raise RunMismatchError(
                 "the cohort has changed since this benchmark began",
                 where=config.cohort,
@@ -138,7 +130,7 @@ def _stored(run: Path, suite: Suite, config: BenchmarkConfig, cohort: Cohort) ->
     return content
 
 
-def _digest(cohort: Cohort) -> str:
+def cohort_digest(cohort: Cohort) -> str:
     """Changes with any scan, its content, split or label."""
     facts = sorted([r.scan_id, r.sha256, r.split, r.labelled] for r in cohort.records)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -235,7 +227,7 @@ def _record(
         "name": suite.name,
         "hash": suite.hash(),
         "cohort": config.cohort,
-        "cohort_digest": _digest(benchmark.cohort),
+        "cohort_digest": cohort_digest(benchmark.cohort),
         "phase_a_from": config.phase_a_from,
         "evaluated_scans": len(benchmark.scans),
         "detectable_effect_sd": round(dataclasses.replace(benchmark, suite=suite).detectable_sd, 4),

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from distseg.errors import DataError
-from distseg.methods import passes_per_step
+from distseg.methods import passes_a_slot
 from distseg.training.run import RunDirectory
 from distseg.work.benchmark_cells import Cell
 
@@ -24,7 +24,7 @@ class BenchmarkProgress:
 
     def __init__(self, todo: Sequence[Cell], *, done: int, scans: int, enabled: bool) -> None:
         self._todo, self._done, self._total = {cell.name: cell for cell in todo}, done, done + len(todo)
-        self._passes = {cell.name: _passes_a_step(cell) for cell in todo}
+        self._passes = {cell.name: passes_a_slot(cell.config) for cell in todo}
         self._scans = scans  # that an evaluation measures
         self._ended: set[str] = set()
         self._console = Console(stderr=True)
@@ -92,9 +92,3 @@ class BenchmarkProgress:
         except (OSError, ValueError, DataError):  # being replaced at this moment; the next look will do
             return 0.0
         return float(last["step"]) * self._passes[cell.name] if last else 0.0
-
-
-def _passes_a_step(cell: Cell) -> float:
-    """Forward passes a slot: a backward counts as two, an auxiliary decoder as half a network, both ways."""
-    passes = passes_per_step(cell.config)
-    return passes.forward + 2.0 * passes.backward + 1.5 * passes.decoders

@@ -270,7 +270,8 @@ def test_a_damaged_bank_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("similarity", "reduction"), [("cosine", "mean"), ("cosine", "max"), ("euclid", "softmax")])
 def test_a_saved_prototype_matcher_is_the_loop(tmp_path: Path, similarity: str, reduction: str) -> None:
-    config, table = MatchingConfig(similarity=similarity, reduction=reduction), make_table(counts=(6, 0, 4))
+    config = MatchingConfig(kind="prototypes", similarity=similarity, reduction=reduction)
+    table = make_table(counts=(6, 0, 4))
     save_bank(tmp_path, table, config, None)
     queries = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     classes, scores = load_matcher(tmp_path, num_classes=3, device=CPU).match(queries)
@@ -398,7 +399,8 @@ def test_a_bank_that_is_the_batch_is_the_prototypes(vote: str) -> None:
         references=prototypes.expand(2, -1, -1),
         present=torch.ones(2, 2, dtype=torch.bool),
     )
-    method = EmbeddingMatching(MethodConfig(), num_classes=2, matching=MatchingConfig(), draws=1)
+    by_eq_4 = MethodConfig(entropy_over="all")
+    method = EmbeddingMatching(by_eq_4, num_classes=2, matching=MatchingConfig(), draws=1)
     by_bank, by_prototypes = bank_method(k=5).terms(ours, targets), method.terms(theirs, closed)
     for name in ("ua", "en") if vote == "majority" else ("ua", "nn", "en"):
         torch.testing.assert_close(by_bank.losses[name], by_prototypes.losses[name])

@@ -62,11 +62,11 @@ def test_choice_and_reason(
     [
         ({"device": "cuda"}, False, 0, "no GPU for the reference index (got cuda); set matching.device=cpu"),
         ({"device": "cuda", "backend": "faiss"}, True, 0, "FAISS sees no GPU here (got matching.device=cuda); inst"),
-        ({"backend": "faiss"}, True, None, "matching.search=auto); pip install 'distseg[cpu]' (or [gpu])"),
+        ({"backend": "faiss"}, True, None, "matching.index=auto); pip install 'distseg[cpu]' (or [gpu])"),
         ({"kind": "ivf"}, True, None, "FAISS is not installed"),
-        ({"backend": "torch", "kind": "ivf"}, True, 0, "searches exactly (got matching.search=ivf); set"),
+        ({"backend": "torch", "kind": "ivf"}, True, 0, "searches exactly (got matching.index=ivf); set"),
         ({"backend": "fais"}, True, 0, "matching.backend: unknown value (got fais)"),
-        ({"kind": "hnsw"}, True, 0, "matching.search: unknown value (got hnsw)"),
+        ({"kind": "hnsw"}, True, 0, "matching.index: unknown value (got hnsw)"),
         ({"device": "tpu"}, True, 0, "matching.device: unknown value (got tpu)"),
     ],
 )  # fmt: skip

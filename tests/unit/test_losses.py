@@ -19,7 +19,7 @@ from distseg.losses.signed_distance import distance_loss, dual_task_loss
 from distseg.losses.similarity_entropy import similarity_entropy
 from distseg.losses.supervised import dice_loss, supervised_loss
 from distseg.methods.base import At
-from distseg.methods.uncertainty import reliable_voxels, uncertainty_and_label
+from distseg.methods.uncertainty import reliable_voxels, surest_of_each_class, uncertainty_and_label
 
 CUBE = (2, 2, 2)
 F64 = torch.float64
@@ -75,7 +75,9 @@ def test_threshold_by_hand() -> None:
     passes = torch.stack([two_class_logits(PASS_1), two_class_logits(PASS_2)])
     for uncertainty, unreliable in (("mean_of_entropies", {3}), ("entropy_of_mean", {3, 4, 5, 6})):
         values, _ = uncertainty_and_label(passes, uncertainty=uncertainty)
-        reliable, threshold = reliable_voxels(values, MethodConfig(), at=At(50, 100), num_classes=2)
+        reliable, threshold = reliable_voxels(
+            values, torch.zeros_like(values).long(), MethodConfig(), at=At(50, 100), num_classes=2
+        )
         assert threshold.tolist() == pytest.approx([0.569508], abs=1e-6)
         assert set(torch.nonzero(~reliable.flatten()).flatten().tolist()) == unreliable
 
@@ -83,11 +85,11 @@ def test_threshold_by_hand() -> None:
 def test_other_thresholds() -> None:
     values = torch.arange(1.0, 9.0).reshape(1, *CUBE) / 10
     fixed = MethodConfig(threshold="fixed", threshold_value=0.5)
-    reliable, threshold = reliable_voxels(values, fixed, at=At(1, 9), num_classes=3)
+    reliable, threshold = reliable_voxels(values, torch.zeros_like(values).long(), fixed, at=At(1, 9), num_classes=3)
     assert threshold.item() == pytest.approx(0.5 * math.log(3))  # .549: .1 to .5 lie under it
     assert int(reliable.sum()) == 5
     quantile = MethodConfig(threshold="quantile", threshold_value=0.75)
-    reliable, threshold = reliable_voxels(values, quantile, at=At(1, 9), num_classes=2)
+    reliable, threshold = reliable_voxels(values, torch.zeros_like(values).long(), quantile, at=At(1, 9), num_classes=2)
     assert threshold.item() == pytest.approx(0.6)  # the sixth of eight: five lie under it
     assert int(reliable.sum()) == 5
 
@@ -95,7 +97,9 @@ def test_other_thresholds() -> None:
 def test_at_the_last_step_nothing_but_complete_doubt_is_unreliable() -> None:
     """METHOD trap 2: lambda = ln 2, strictly above every entropy but that of (.5, .5)."""
     values, _ = uncertainty_and_label(two_class_logits([0.501] * 7 + [0.5])[None], uncertainty="mean_of_entropies")
-    reliable, _ = reliable_voxels(values, MethodConfig(), at=At(100, 100), num_classes=2)
+    reliable, _ = reliable_voxels(
+        values, torch.zeros_like(values).long(), MethodConfig(), at=At(100, 100), num_classes=2
+    )
     assert reliable.flatten().tolist()[:7] == [True] * 7
 
 
@@ -322,3 +326,28 @@ def test_dual_task_loss_is_finite_far_from_the_boundary() -> None:
         assert loss.item() == pytest.approx(0.25)  # a half against a 0 or a 1
         gradients = torch.autograd.grad(loss.sum(), [logits, distance])
         assert all(bool(torch.isfinite(g).all()) for g in gradients)
+
+
+def test_per_class_threshold_leaves_no_class_out() -> None:
+    """Class 1 is doubtful throughout: the surest half of its voxels is reliable all the same; class 0, under
+    the paper's threshold, is as without."""
+    values = torch.tensor([0.1, 0.2, 0.69, 0.68, 0.66, 0.67]).reshape(1, 1, 2, 3)
+    label = torch.tensor([0, 0, 1, 1, 1, 1]).reshape(1, 1, 2, 3)
+    config = MethodConfig(threshold="per_class", threshold_value=0.5)
+    reliable, threshold = reliable_voxels(values, label, config, at=At(1, 100), num_classes=2)
+    assert reliable.flatten().tolist() == [True, True, False, False, True, True]
+    assert threshold.tolist() == pytest.approx([0.5213], abs=1e-3)  # the paper's
+
+
+@given(seed=st.integers(0, 1000), share=st.floats(0, 1), num_classes=st.integers(2, 4))
+def test_the_surest_of_each_class_by_loop(seed: int, share: float, num_classes: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    entropy = torch.rand(2, 2, 3, 4, generator=random)
+    label = torch.randint(num_classes, entropy.shape, generator=random)
+    kept = surest_of_each_class(entropy, label, share=share, num_classes=num_classes)
+    for slot in range(2):
+        for value in range(num_classes):
+            there = torch.nonzero(label[slot].flatten() == value).flatten()
+            count = round(float(torch.tensor(share * len(there), dtype=torch.float32)))
+            surest = there[entropy[slot].flatten()[there].argsort()][:count]
+            assert sorted(surest.tolist()) == [v for v in there.tolist() if kept[slot].flatten()[v]]

@@ -174,7 +174,7 @@ def test_eq_3_by_hand() -> None:
         present=present,
         hidden=torch.tensor([0, 0, 0, 0, 0, 1, 1, -1]).reshape(1, *CUBE),
     )
-    method = EmbeddingMatching(MethodConfig(), num_classes=2, matching=MatchingConfig(), draws=1)
+    method = EmbeddingMatching(MethodConfig(entropy_over="all"), num_classes=2, matching=MatchingConfig(), draws=1)
     terms = method.terms(NetworkOutput(logits, queries), targets)
     losses = {name: value.item() for name, value in terms.losses.items()}
     assert losses == pytest.approx({"ua": 0.693147, "nn": 0.748933, "en": 0.643961}, abs=1e-6)
