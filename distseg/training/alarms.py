@@ -97,7 +97,5 @@ def sounded(rows: Iterable[Mapping[str, Any]]) -> list[Sounded]:
         mine = [row for row in rows if row.get(name)]
         if mine:
             steps = [int(row["step"]) for row in mine]
-            found.append(
-                Sounded(name, _in_words(name, window_means(mine)), steps[0], steps[-1], len(mine), len(rows))
-            )
+            found.append(Sounded(name, _in_words(name, window_means(mine)), steps[0], steps[-1], len(mine), len(rows)))
     return found

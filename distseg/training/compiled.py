@@ -25,7 +25,8 @@ def compile_network(network: UNet3D) -> None:
     torch._dynamo.config.recompile_limit = 64
     for layer in network.modules():
         if isinstance(layer, KeyedDropout):
-            layer.by_key = torch.compiler.disable(layer.by_key)  # type: ignore[method-assign]  # generators are no graph's
+            # Generators are no part of a graph.
+            layer.by_key = torch.compiler.disable(layer.by_key)  # type: ignore[method-assign, no-untyped-call]  # torch has no hints
     for name in PASSES:
         compiled = torch.compile(getattr(network, name), dynamic=False, options={"fallback_random": True})
         setattr(network, name, compiled)
