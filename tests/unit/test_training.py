@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -355,6 +356,9 @@ def test_a_bank_is_versioned_by_step(undisturbed_with_bank: Path) -> None:
     a kept checkpoint, of step 4 or 5, will ask for is gone."""
     rows = rows_of(undisturbed_with_bank)
     assert [row["bank_age_steps"] for row in rows] == [1, 2, 2, 2, 2]
+    lines = (undisturbed_with_bank / "metrics.jsonl").read_text().splitlines()
+    waits = [json.loads(line)["time_bank_wait_s"] for line in lines]
+    assert all(0 <= seconds < 60 for seconds in waits)
     assert all(row["loss_nn"] > 0 and 0 < row["coverage_matched"] <= 100 / 512 for row in rows)
     versions = sorted(p.name for p in (undisturbed_with_bank / "bank").iterdir())
     assert versions == ["v_0003", "v_0004", "v_0005"]
@@ -376,6 +380,13 @@ def test_a_resumed_run_uses_the_same_bank(
     assert_same_run(tmp_path / "run", undisturbed_with_bank)
     names = [sorted(p.name for p in (r / "bank").iterdir()) for r in (tmp_path / "run", undisturbed_with_bank)]
     assert names[0] == names[1]
+
+
+def test_the_index_is_chosen_aloud(cohort_path: str, tmp_path: Path) -> None:
+    reporter = Quiet()
+    train(config(cohort_path, tmp_path / "run", matching="index", train__steps=1), reporter)
+    (note,) = [text for text in reporter.notes if text.startswith("bank: ")]
+    assert re.fullmatch(r"bank: \d+ references of 6 scans; index: exact: \d+ rows are fewer than \d+", note)
 
 
 def test_a_lost_bank_is_one_line(cohort_path: str, tmp_path: Path) -> None:
