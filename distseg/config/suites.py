@@ -1,7 +1,7 @@
 """What `distseg benchmark` runs: a YAML file of methods x label counts x seeds under one recipe, parsed strictly.
 
     description: one line
-    like: protocol_c                                another suite's keys, but for those given here
+    like: protocol_c                                a shipped suite's keys under these; common and subsets are joined
     preset: small
     common: {data.spacing_mm: [3, 4, 4], ...}       keys of `distseg train` that every row shares: the recipe
     phase_a: {method: supervised, steps: 600}       once per (seed, subset); every row branches from it
@@ -191,11 +191,15 @@ def _with_base(content: object, where: str) -> object:
         raise ConfigError(
             "is itself like another suite", where=f"{where}: like", value=base, fix=f"name {keys['like']}"
         )
-    return {**{key: value for key, value in keys.items() if key != "description"}, **_without_like(content)}
+    own = {key: value for key, value in content.items() if key != "like"}
+    for key in ("common", "subsets"):
+        own[key] = {**mapping_of(keys.get(key, {}), f"suite {base}: {key}"), **_given(own, key, where)}
+    dropped = ("description", *(("compare", "against") if "rows" in own else ()))  # those are about the other's rows
+    return {**{key: value for key, value in keys.items() if key not in dropped}, **own}
 
 
-def _without_like(content: Mapping[Any, Any]) -> dict[Any, Any]:
-    return {key: value for key, value in content.items() if key != "like"}
+def _given(content: Mapping[Any, Any], key: str, where: str) -> Mapping[Any, Any]:
+    return mapping_of(content.get(key, {}), f"{where}: {key}")
 
 
 _TOP_KEYS = (

@@ -17,18 +17,20 @@ import torch
 import yaml
 
 from distseg import api
-from distseg.config.schema import BenchmarkConfig, EvaluateConfig, LoggingConfig, TrainRunConfig
-from distseg.config.suites import Suite, load_suite, parse_suite
+from distseg.config.compose import recipe_hash
+from distseg.config.schema import METHOD_NAMES, BenchmarkConfig, EvaluateConfig, LoggingConfig, TrainRunConfig
+from distseg.config.suites import Suite, load_suite, parse_suite, suite_folder
 from distseg.errors import ConfigError, DataError, DistsegError, FinishedWithFailures, InputError, RunMismatchError
 from distseg.evaluation.benchmark_curves import RunCurves, benchmark_curves
 from distseg.evaluation.benchmark_grids import comparison_grid, markdown, summary_grid
 from distseg.evaluation.benchmark_tables import RunScores, comparisons_csv, make_readings, summary_csv
 from distseg.inference.model import ModelInfo, build_network, save_model
+from distseg.methods import KINDS
 from distseg.training.run import RunDirectory
 from distseg.training.setup import open_run
 from distseg.work import benchmark_report
 from distseg.work.benchmark import run_benchmark, waves
-from distseg.work.benchmark_cells import Cell, cell_name
+from distseg.work.benchmark_cells import Cell, cell_name, make_cells
 from distseg.work.benchmark_slices import pick_scans
 from distseg.work.executor import LocalExecutor
 
@@ -359,6 +361,15 @@ def test_a_branch_waits_for_its_phase_a_and_workers_for_nobody_else() -> None:
         ({"subsets": {2: ["a", "nobody"]}}, r"subsets\.2: not a labelled training scan.*nobody"),
         ({"subsets": {7: {"subset_seed": 0}}, "labelled": [7]}, r"more labelled scans asked for than.*got 7"),
         ({"labelled": [5]}, r"labelled: the suite has no such entry \(got \[5\]\)"),
+        ({"subsets": {"a__b": "all"}}, r"subsets: not a subset's name \(got a__b\); a number of scans, or a word"),
+        ({"subsets": {"some": {"subset_seed": 1}}}, r"subsets\.some: says not which scans.*name the subset by their"),
+        ({"subsets": {2: ["a", "c"], "p": {"patches": 9, "of": 3}}}, r"subsets\.p\.of.*\(got 3\); one of 2"),
+        ({"subsets": {"p": {"patches": 0}}}, r"subsets\.p: patches: value not allowed \(got 0\); at least 1"),
+        ({"subsets": {"p": {"patches": 9999}}, "labelled": ["p"]},
+         r"suite mine: subsets\.p\.patches: more labelled patches.*\(got 9999\); 6 labelled scans hold \d+ patches"),
+        ({"common": {"data.labeled_patches": 4}}, r"labeled_patches: a suite sets this itself; use subsets"),
+        ({"like": "protocol_d"}, r"like.*did you mean .*protocol_c"),
+        ({"like": "table1"}, r"like: is itself like another suite \(got table1\); name protocol_c"),
         ({"compare": ["nobody"]}, r"compare, against.*nobody"),
         ({"preset": "tiny"}, r"preset.*small, full, xie2024"),
         ({"evaluate": {"split": "test"}}, r"evaluate\.split.*splits with annotated scans: train, val"),
@@ -468,6 +479,91 @@ def test_shipped_suites() -> None:
     assert (protocol.labelled, protocol.overlap) == ((4,), 0.25)
     assert protocol.against == ("supervised", "mean_teacher", "uamt", "as_published")
     assert load_suite("smoke").hash() != protocol.hash()
+
+
+def test_a_suite_like_another() -> None:
+    """Its own keys over the other's; common keys and subsets are joined; other rows have other comparisons."""
+    base = load_suite("protocol_c")
+    mine = parse_suite("m", {"like": "protocol_c", "rows": {"x": {"method": "cct"}}, "common": {"train.threads": 3}})
+    assert [row.name for row in mine.rows] == ["x"]
+    assert (mine.seeds, mine.phase_a, mine.subsets) == (base.seeds, base.phase_a, base.subsets)
+    assert mine.common == {**base.common, "train.threads": 3}
+    assert (mine.description, mine.compare, mine.against) == ("", ("x",), ())
+    assert parse_suite("m", {"like": "protocol_c"}).compare == base.compare
+
+
+def test_every_shipped_suite_parses_and_its_rows_compose() -> None:
+    """With the keys of each row as `distseg train` would take them, and every ablation within one recipe."""
+    names = {file.stem for file in suite_folder().glob("*.yaml")}
+    assert {"table1", "label_counts", "tuning", "organs", "protocol_c", "smoke"} <= names
+    assert {f"ablation_{of}" for of in ("terms", "similarity", "uncertainty", "threshold", "references")} <= names
+    config = BenchmarkConfig(cohort="c", run="r")
+    for name in names:
+        suite = load_suite(name).select(rows=None, labelled=None, seeds=[0])
+        for subset in suite.labelled[-1:]:  # one is enough: composing takes time
+            one = suite.select(rows=None, labelled=[subset], seeds=None)
+            cells = make_cells(one, config, subsets={subset: ("a",)})[1]
+            assert [cell.row for cell in cells] == [row.name for row in suite.rows]
+            assert len({recipe_hash(cell.config) for cell in cells}) == 1
+    assert [row.method for row in load_suite("table1").rows] == list(METHOD_NAMES)
+    assert len(load_suite("table1").against) == 6
+    assert len(load_suite("tuning").rows) == 3 * 6
+
+
+def test_subsets_by_words(start: Callable[..., Any], tmp_path: Path) -> None:
+    """All scans, and patches of a subset; the command line's `labelled=[all,2]` is text."""
+    subsets = {2: ["a", "c"], "all": "all", "9_patches": {"patches": 9, "of": 2}, "many": {"patches": 40}}
+    suite = content(subsets=subsets, labelled=[2], seeds=[0], rows={"x": {"method": "uamt"}}, compare=[])
+    DICE["x"] = 0.5
+    fakes = Fakes()
+    start(fakes, suite=suite, labelled=["many", "9_patches", "2", "all"])
+    branches = [f"x__{name}__seed0" for name in ("2", "all", "9_patches", "many")]
+    assert fakes.measured == branches
+    keys = {name: fakes.configs[f"x__{name}__seed0"].data for name in ("2", "all", "9_patches", "many")}
+    assert {name: (len(data.labeled_ids), data.labeled_patches) for name, data in keys.items()} == {
+        "2": (2, None), "all": (6, None), "9_patches": (2, 9), "many": (6, 40),
+    }  # fmt: skip
+    phase_a = fakes.configs["phase_a__9_patches__seed0"].data
+    assert (phase_a.labeled_ids, phase_a.labeled_patches) == (["a", "c"], 9)
+    report = (tmp_path / "run/tables/summary.md").read_text()
+    titles = [
+        "2 labelled scans",
+        "all labelled scans",
+        "9 labelled patches of 2 scans",
+        "40 labelled patches of all scans",
+    ]
+    assert [line.removeprefix("## ") for line in report.splitlines() if line.startswith("## ")][:4] == titles
+    assert f"Trained on {', '.join(titles[:3])} and {titles[3]} of the cohort" in report
+    stored = yaml.safe_load((tmp_path / "run/benchmark.yaml").read_text())
+    assert list(stored["subsets"]) == [2, "all", "9_patches", "many"]
+    idle = Fakes()
+    start(idle, suite=suite, labelled=["9_patches"])
+    assert idle.trained == []
+
+
+def test_older_suites_keep_their_hash() -> None:
+    """What subsets have learned since stands in a suite's content only where it says something."""
+    subsets = parse_suite("a", content(subsets={2: ["a", "c"], 3: {"subset_seed": 5}})).content()["subsets"]
+    assert subsets == {"2": {"ids": ["a", "c"], "subset_seed": None}, "3": {"ids": None, "subset_seed": 5}}
+
+
+def test_passes_stand_beside_the_times(start: Callable[..., Any], tmp_path: Path) -> None:
+    rows = {name: {"method": name} for name in ("supervised", "cct")}
+    DICE["cct"] = 0.5
+    start(Fakes(), suite=content(rows=rows, seeds=[0]))
+    line = cells_csv(tmp_path / "run")["cct__2__seed0"]
+    assert (line["forward_passes"], line["backward_passes"], line["decoders_passes"]) == ("2", "2", "3")
+    costs = (tmp_path / "run/tables/summary.md").read_text().split("## What it took")[1]
+    assert "| cct, 2 labelled scans | 2 | 2 forward, 2 backward, 3 decoders |" in costs
+    assert "| supervised, 2 labelled scans | 2 | 1 forward, 1 backward |" in costs
+
+
+def test_a_method_with_too_few_classes_is_refused(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KINDS["uamt"], "max_classes", 2)
+    fakes = Fakes()
+    with pytest.raises(ConfigError, match=r"method: more classes than this method can serve \(got uamt\).*has 3"):
+        start(fakes)
+    assert fakes.trained == []
 
 
 def test_the_hash_is_of_what_runs() -> None:
