@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,26 @@ def test_a_killed_sweep_goes_on(cohort_path: str, tmp_path: Path) -> None:
     assert (resumed.best, resumed.values, resumed.objective) == (
         undisturbed.best, undisturbed.values, undisturbed.objective,
     )  # fmt: skip
+
+
+def test_optuna_searches_and_goes_on(cohort_path: str, tmp_path: Path) -> None:
+    run = tmp_path / "sweep"
+    result = sweep(config(cohort_path, run, tune__search="optuna"), Trains())
+    assert len(result.finished) == 3
+    weights = [row["method.weight_ua"] for row in table(run) if row["trial"] != "default"]
+    assert len(set(weights)) == 2
+    assert all(0.1 <= float(weight) <= 1.0 for weight in weights)
+    again = Trains()
+    assert sweep(config(cohort_path, run, tune__search="optuna"), again) == result
+    assert again.trained == []
+
+
+def test_without_optuna_its_search_is_one_line(
+    cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r"tune\.search: Optuna is not installed .*'distseg\[tune\]'"):
+        sweep(config(cohort_path, tmp_path / "sweep", tune__search="optuna"), Trains())
 
 
 def test_a_failing_trial_does_not_take_the_sweep_along(cohort_path: str, tmp_path: Path) -> None:
