@@ -25,6 +25,7 @@ from distseg.distributed.cluster import connect
 from distseg.distributed.index_service import RayReferences, start_owner
 from distseg.errors import DistsegError
 from distseg.methods import uses_bank
+from distseg.training.bank import version_serving
 from distseg.training.checkpoint import newest_step
 from distseg.training.dry_run import DryRun, steps_of_same_run, trial
 from distseg.training.loop import TrainResult, set_threads, train_rank
@@ -53,7 +54,7 @@ def train_on_ray(config: TrainRunConfig, *, cpus_per_worker: int | None = None) 
         resumed_from = newest_step(run.checkpoints)
         cpus = cpus_per_worker or _cpus_per_worker(resources.workers)
         # Held: the actor lives as long as its handle.
-        _owner = (
+        owner = (
             start_owner(config, run.path / "bank", num_classes=plan.num_classes, scan_ids=plan.labelled)
             if uses_bank(config)
             else None
@@ -75,7 +76,7 @@ def train_on_ray(config: TrainRunConfig, *, cpus_per_worker: int | None = None) 
                 ),
             ),
         )
-        with _watched(run, config, plan.notes):
+        with _watched(run, config, plan.notes, owner):
             try:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
@@ -134,13 +135,13 @@ def _share(cpus: int, gpus: float) -> dict[str, float]:
 
 
 @contextmanager
-def _watched(run: RunDirectory, config: TrainRunConfig, notes: tuple[str, ...]) -> Iterator[None]:
-    """The driver's progress bar: follows RUN/metrics.jsonl while the workers write it."""
+def _watched(run: RunDirectory, config: TrainRunConfig, notes: tuple[str, ...], owner: Any) -> Iterator[None]:
+    """The driver's progress bar: follows RUN/metrics.jsonl as workers write it. `owner`: of the bank, or None."""
     done = threading.Event()
     with TerminalReporter(title=Path(config.run).name, enabled=config.logging.progress) as reporter:
         for note in notes:
             reporter.note(note)
-        follower = threading.Thread(target=_follow, args=(run, config.train.steps, reporter, done))
+        follower = threading.Thread(target=_follow, args=(run, config, reporter, done, owner))
         follower.start()
         try:
             yield
@@ -149,7 +150,9 @@ def _watched(run: RunDirectory, config: TrainRunConfig, notes: tuple[str, ...]) 
             follower.join()
 
 
-def _follow(run: RunDirectory, total_steps: int, reporter: TerminalReporter, done: threading.Event) -> None:
+def _follow(
+    run: RunDirectory, config: TrainRunConfig, reporter: TerminalReporter, done: threading.Event, owner: Any
+) -> None:
     last_size = -1
     while True:
         finishing = done.wait(_POLL_S)
@@ -158,7 +161,11 @@ def _follow(run: RunDirectory, total_steps: int, reporter: TerminalReporter, don
             last_size = size
             row = run.last_metrics()
             if row is not None:
-                reporter.step(row, total_steps)
+                if owner is not None:  # once: which index serves, and why
+                    version = version_serving(row["step"], config.references.every_steps)
+                    reporter.note(f"bank: {ray.get(owner.chosen.remote(version))}")
+                    owner = None
+                reporter.step(row, config.train.steps)
         if finishing:
             return
 

@@ -49,7 +49,7 @@ _ENVIRONMENT = {
 }
 MAX_DEATHS = 2  # of a trial's process, in a row with what it does: then it has failed
 _POLL_S = 0.5
-_DASHBOARD_S = 20
+_DASHBOARD_S = 60  # to answer; it is up after 3 to 20 s
 # Tune refuses a trial that asks for nothing. The CPUs are its workers', so it asks for a little memory.
 _NESTED_TRIAL = {"memory": float(2**20)}
 

@@ -11,6 +11,7 @@ from distseg.evaluation.benchmark_tables import SIGNIFICANT, Reading
 from distseg.evaluation.page import Picture, document, failures_html, glossary, heading, picture_html, section
 
 SEEDS_TO_RANK = 3  # METHOD section 5
+_WARNINGS = "Warnings while they trained"
 _TEXT_COLUMNS = ("Metric", "Reads", "State", "Passes per step")
 
 
@@ -36,6 +37,7 @@ class BenchmarkPage:
     costs: Grid
     cells: Grid
     failed: Sequence[tuple[str, str]]
+    warnings: Sequence[tuple[str, str]]  # of training: (row, what and when)
 
 
 def render_page(page: BenchmarkPage) -> str:
@@ -44,6 +46,7 @@ def render_page(page: BenchmarkPage) -> str:
     parts = [
         heading("Benchmark", page.name, _lead(page)),
         failures_html("Failed, and in no table here; the same command tries them again", page.failed),
+        failures_html(_WARNINGS, page.warnings),
         *(_results(page, name) for name in names),
         section("How to read this", _how_to_read()),
         section("The same slice by every row", "".join(map(picture_html, page.anatomy))),
@@ -57,6 +60,8 @@ def markdown_head(page: BenchmarkPage) -> str:
     lines = [f"# Benchmark {page.name}", "", _what(page), "", _power(page)]
     if page.failed:
         lines += ["", "Failed, and in no table:", "", *(f"- {cell}: {why}" for cell, why in page.failed)]
+    if page.warnings:
+        lines += ["", f"{_WARNINGS}:", "", *(f"- {row}: {what}" for row, what in page.warnings)]
     return "\n".join(lines) + "\n"
 
 

@@ -51,6 +51,13 @@ _PANELS = (
         keys=("foreground_labelled", "foreground_unlabelled"),
         common="foreground_",
     ),
+    _Panel(
+        "Voxels the teacher is unsure of: foreground",
+        "share",
+        keys=("foreground_matched", "foreground_true"),
+        common="foreground_",
+        share=True,
+    ),
     _Panel("Age of the references", "steps", keys=("bank_age_steps",)),
     _Panel("Validation patches", "share", keys=("val_dice", "val_dice_teacher"), common="val_"),
 )

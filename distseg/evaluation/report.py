@@ -22,6 +22,7 @@ class ReportContent:
     scans: Sequence[Picture]
     curves: Picture | None
     failed: Sequence[tuple[str, str]] = ()
+    warnings: Sequence[tuple[str, str]] = ()  # what its training warned of: (what, when)
 
 
 def render_report(content: ReportContent) -> str:
@@ -29,6 +30,7 @@ def render_report(content: ReportContent) -> str:
     parts = [
         heading("Segmentation report", content.run_name, _lead(content)),
         failures_html(f"{_count(len(content.failed), 'scan')} failed and are in no figure here", content.failed),
+        failures_html("Warnings while it trained", content.warnings),
         section("Results", _summary_table(content) + _how_to_read()),
         section("Scans to look at", "".join(map(picture_html, content.scans))),
         section("Every scan", _scan_table(content)),

@@ -46,6 +46,7 @@ class Bank:
     present: Tensor
     k: int  # at most the references of the class that has fewest
     config: MatchingConfig
+    chosen: str = ""  # how many references, and which index serves them and why
 
     @property
     def version(self) -> int:
@@ -115,12 +116,15 @@ class PrototypeMatcher:
         return class_scores(pairs[0, :, 0], reduction=self.config.reduction, temperature=self.config.temperature)
 
 
-def open_bank(table: ReferenceTable, config: MatchingConfig, *, num_classes: int, finder: Finder) -> Bank:
-    """A bank over `table`, searched by `finder`."""
+def open_bank(
+    table: ReferenceTable, config: MatchingConfig, *, num_classes: int, finder: Finder, reason: str = ""
+) -> Bank:
+    """A bank over `table`, searched by `finder`; `reason`: why by that one."""
     counts = table.counts(num_classes).cpu()
     present = counts > 0
     k = min(config.k, int(counts[present].min()))
-    return Bank(table, finder, present, k, config)
+    chosen = f"{len(table.classes)} references of {len(table.scan_ids)} scans; index: {reason}"
+    return Bank(table, finder, present, k, config, chosen)
 
 
 def build_bank_index(
@@ -146,17 +150,18 @@ def save_bank(folder: Path, table: ReferenceTable, config: MatchingConfig, index
     save_table(folder, table)
     if index is not None:
         index.save(folder)
-    content = {"format": FORMAT, "matching": dataclasses.asdict(config)}
+    reason = index.reason if index is not None else "none: prototypes"
+    content = {"format": FORMAT, "index": reason, "matching": dataclasses.asdict(config)}
     (folder / "bank.json").write_text(json.dumps(content, indent=1))
 
 
 def load_bank(folder: Path, *, num_classes: int, device: torch.device, threads: int | None = None) -> Bank:
     """Raises DataError where there is none, or it is damaged or of another format."""
-    config, table = _read(folder)
+    config, table, reason = _read(folder)
     table = table.to(device)
     dense = _dense_classes(table, num_classes)
     index = load_index(folder, table.embeddings, dense, device=_device_of(table, config), threads=threads)
-    return open_bank(table, config, num_classes=num_classes, finder=index)
+    return open_bank(table, config, num_classes=num_classes, finder=index, reason=reason)
 
 
 class BankParts(NamedTuple):
@@ -183,24 +188,25 @@ def bank_from_parts(parts: BankParts, *, num_classes: int, device: torch.device,
 
 def load_matcher(folder: Path, *, num_classes: int, device: torch.device, threads: int | None = None) -> Matcher:
     """What a saved bank labels queries with: the bank, or its references' prototypes. Raises DataError."""
-    config, table = _read(folder)
+    config, table, _ = _read(folder)
     if config.kind == "prototypes":
         return PrototypeMatcher(tuple(table.embeddings[table.classes == c] for c in range(num_classes)), config)
     return BankMatcher(load_bank(folder, num_classes=num_classes, device=device, threads=threads))
 
 
-def _read(folder: Path) -> tuple[MatchingConfig, ReferenceTable]:
+def _read(folder: Path) -> tuple[MatchingConfig, ReferenceTable, str]:
+    """How it matches, its table, and why its index is the one it is."""
     file = folder / "bank.json"
     try:
         content = json.loads(file.read_text())
         if content["format"] != FORMAT:
             raise DataError("bank of another format", where=file, value=content["format"], rule=f"must be {FORMAT}")
-        config = MatchingConfig(**content["matching"])
+        config, reason = MatchingConfig(**content["matching"]), str(content["index"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"unreadable bank: {str(error)[:200]}", where=file) from error
-    return config, load_table(folder)
+    return config, load_table(folder), reason
 
 
 def _dense_classes(table: ReferenceTable, num_classes: int) -> Tensor:

@@ -26,8 +26,12 @@ class KeyedDropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """x is [B, C, Z, Y, X]."""
-        if not self.training or self.generators is None:
-            return functional.dropout(x, self.p, self.training)
+        if self.training and self.generators is not None:
+            return self.by_key(x)
+        return functional.dropout(x, self.p, self.training)
+
+    def by_key(self, x: Tensor) -> Tensor:
+        assert self.generators is not None, "forward has looked"
         if len(self.generators) != x.shape[0]:
             raise ValueError(f"{len(self.generators)} generators for a batch of {x.shape[0]}")
         dropped = round(self.p * 2**_BITS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 WINDOW = 25
@@ -15,6 +16,8 @@ WINDOW = 25
 FLOOD_RATIO = 2.0  # predicted share on unlabelled patches over the true share on labelled ones
 COLLAPSE_RATIO = 0.01
 MATCHED_FLOOD = 0.5  # share of the matched voxels that matching calls foreground; the truth is a few per cent
+
+_SHARES = ("foreground_unlabelled", "foreground_target", "foreground_matched")
 
 TEXT = {
     "alarm_flood": "flood: the student calls {foreground_unlabelled:.0%} of unlabelled patches foreground, "
@@ -53,7 +56,7 @@ def window_means(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Mean of each share over the rows that have it."""
     rows = list(rows)
     means = {}
-    for name in ("foreground_unlabelled", "foreground_target", "foreground_matched"):
+    for name in _SHARES:
         values = [row[name] for row in rows if row.get(name) is not None]
         if values:
             means[name] = sum(values) / len(values)
@@ -62,5 +65,37 @@ def window_means(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 def alarm_text(name: str, row: Mapping[str, Any]) -> str:
     """The warning for one alarm of a row, in words."""
-    known = {key: row.get(key) or 0.0 for key in ("foreground_unlabelled", "foreground_target", "foreground_matched")}
-    return f"step {row['step']}: {TEXT[name].format(**known)}"
+    return f"step {row['step']}: {_in_words(name, row)}"
+
+
+def _in_words(name: str, shares: Mapping[str, Any]) -> str:
+    return TEXT[name].format(**{key: shares.get(key) or 0.0 for key in _SHARES})
+
+
+@dataclass(frozen=True)
+class Sounded:
+    """An alarm of a run that sounded at `steps` of `total` steps, between `first` and `last`. `text` has the means over
+    those steps."""
+
+    name: str
+    text: str
+    first: int
+    last: int
+    steps: int
+    total: int
+
+    @property
+    def when(self) -> str:
+        return f"at {self.steps} of {self.total} steps, from {self.first} to {self.last}"
+
+
+def sounded(rows: Iterable[Mapping[str, Any]]) -> list[Sounded]:
+    """The alarms of a run, from the rows of its metrics.jsonl; in the order of `TEXT`."""
+    rows = list(rows)
+    found = []
+    for name in TEXT:
+        mine = [row for row in rows if row.get(name)]
+        if mine:
+            steps = [int(row["step"]) for row in mine]
+            found.append(Sounded(name, _in_words(name, window_means(mine)), steps[0], steps[-1], len(mine), len(rows)))
+    return found

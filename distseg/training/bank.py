@@ -10,6 +10,7 @@ step that uses it, and before any checkpoint that a later step could resume from
 
 from __future__ import annotations
 
+import time
 from typing import Protocol
 
 import torch
@@ -76,6 +77,7 @@ class Banks:
         self._builder, self._service, self._every = builder, service, every_steps
         self._rank, self._world_size = communicator.rank, communicator.world_size
         self._current: Bank | None = None
+        self._waited_s = 0.0
 
     def start(self, first_step: int, teacher: UNet3D) -> None:
         """Before step `first_step`: version 0 of a fresh run; nothing left over of steps that will be done again."""
@@ -95,8 +97,15 @@ class Banks:
         """The bank that step `step` uses; waits for it where it is not there yet."""
         version = version_serving(step, self._every)
         if self._current is None or self._current.version != version:
+            begun = time.perf_counter()
             self._current = self._service.take(version)
+            self._waited_s += time.perf_counter() - begun
         return self._current
+
+    def waited_s(self) -> float:
+        """Seconds spent waiting for versions, their reading included, since this was last asked."""
+        waited, self._waited_s = self._waited_s, 0.0
+        return waited
 
     def settle(self, step: int) -> None:
         """Before a checkpoint of `step`: what a run resumed from it will ask for is on disk. All ranks must call."""

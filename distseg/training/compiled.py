@@ -11,6 +11,7 @@ import torch
 
 from distseg.config.schema import TrainRunConfig
 from distseg.errors import ConfigError
+from distseg.networks.dropout import KeyedDropout
 from distseg.networks.unet import PASSES, UNet3D
 
 
@@ -20,6 +21,12 @@ def compile_network(network: UNet3D) -> None:
     Dropout keeps torch's own random numbers (`fallback_random`) and so its masks: losses are those without compiling,
     to rounding. On a CPU, where masks belong to slots, each dropout splits the graph.
     """
+    # The cache is one for all networks of a kind; the default of 8 is less than their batches and modes together.
+    torch._dynamo.config.recompile_limit = 64
+    for layer in network.modules():
+        if isinstance(layer, KeyedDropout):
+            # Generators are no part of a graph.
+            layer.by_key = torch.compiler.disable(layer.by_key)  # type: ignore[method-assign, no-untyped-call]  # torch has no hints
     for name in PASSES:
         compiled = torch.compile(getattr(network, name), dynamic=False, options={"fallback_random": True})
         setattr(network, name, compiled)

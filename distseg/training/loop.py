@@ -98,6 +98,8 @@ def train_session(session: Session, communicator: Communicator, reporter: Report
         session.doubt.refresh_after(0, learner.teacher, device, session.dtype)
     if session.banks:
         session.banks.start(session.first_step, learner.teacher)
+        if leads:
+            reporter.note(f"bank: {session.banks.serving(session.first_step).chosen}")
     profiler = StepProfiler(session.run.path / "profile", enabled=config.train.profile and leads)
     with profiler, closing(session.feed.ahead(session.first_step, total)) as batches, closing(log):
         for step in range(session.first_step, total + 1):
@@ -139,7 +141,7 @@ def _refresh_bank(session: Session, step: int, clock: Clock) -> dict[str, float]
     age = step - session.banks.serving(step).step
     with clock.section("bank"):
         session.banks.refresh_after(step, session.learner.teacher)
-    return {"bank_age_steps": age}
+    return {"bank_age_steps": age, "time_bank_wait_s": session.banks.waited_s()}
 
 
 def _set_lr(session: Session, step: int) -> None:

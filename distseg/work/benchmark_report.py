@@ -23,6 +23,7 @@ from distseg.training.run import RunDirectory, write_atomic
 from distseg.work.benchmark_cells import Cell
 from distseg.work.benchmark_checks import Benchmark
 from distseg.work.benchmark_slices import Slice, pick_scans, predict_slices, read_slice
+from distseg.work.benchmark_warnings import training_warnings
 from distseg.work.executor import Executor
 
 
@@ -60,6 +61,7 @@ def write_report(
         costs=_cost_grid(benchmark, facts, executor.workers),
         cells=_cells_grid(facts),
         failed=[*failed.items(), *trouble],
+        warnings=training_warnings(benchmark),
     )
     figures = run / "figures"
     figures.mkdir(exist_ok=True)

@@ -28,6 +28,8 @@ from distseg.evaluation.figures import Plane, grey_window, png_bytes, scan_figur
 from distseg.evaluation.metrics import ScoreRow
 from distseg.evaluation.page import Picture
 from distseg.evaluation.report import ReportContent, render_report
+from distseg.training.alarms import sounded
+from distseg.training.run import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,15 @@ def fill_folder(partial: Path, run: str, content: ReportContent) -> None:
     (partial / "metrics.json").write_text(json.dumps(content.metrics, indent=1, allow_nan=False), encoding="utf-8")
     (partial / "per_scan.csv").write_text(_csv(content.rows), encoding="utf-8")
     pictures = _scan_pictures(partial, content)
-    curves = _curves(Path(run))
+    rows = _training_rows(Path(run))
+    curves = _curves(rows)
     for file, picture in [*pictures, *([("curves.png", curves)] if curves else [])]:
         (partial / "figures" / file).write_bytes(picture.png)
     for stored in partial.glob("*.npz"):
         stored.unlink()
-    page = render_report(replace(content, scans=[picture for _, picture in pictures], curves=curves))
+    warnings = [(alarm.text, alarm.when) for alarm in sounded(rows)]
+    scans = [picture for _, picture in pictures]
+    page = render_report(replace(content, scans=scans, curves=curves, warnings=warnings))
     (partial / "report.html").write_text(page, encoding="utf-8")
 
 
@@ -85,13 +90,16 @@ def _scan_pictures(partial: Path, content: ReportContent) -> list[tuple[str, Pic
     return pictures
 
 
-def _curves(run: Path) -> Picture | None:
-    """Training curves of the run's metrics.jsonl; None where it has none (a model that came without its run)."""
+def _training_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of the run's metrics.jsonl; none where it has none (a model that came without its run)."""
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        figure = training_curves([json.loads(line) for line in lines])
+        return RunDirectory(run).metrics()
     except (OSError, ValueError):
-        return None
+        return []
+
+
+def _curves(rows: Sequence[dict[str, Any]]) -> Picture | None:
+    figure = training_curves(rows)
     if figure is None:
         return None
     return Picture("Training curves", "From metrics.jsonl; the thin lines are single steps.", png_bytes(figure))

@@ -20,10 +20,15 @@ class Timing:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    device: torch.device,
+    now: Callable[[], float] | None = None,
 ) -> dict[str, Timing]:
-    """Call each function once a round, in turn, after one round that is not counted."""
-    now = clock_of(device)
+    """Call each function once a round, in turn, after one round that is not counted. `now`: None for the device's
+    clock; the wall's where a function waits for another process."""
+    now = now or clock_of(device)
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():

@@ -263,7 +263,7 @@ def test_a_damaged_bank_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "bank.json").write_text('{"format": 7}')
     with pytest.raises(DataError, match=r"bank of another format \(got 7\)"):
         load_bank(tmp_path, num_classes=2, device=CPU)
-    (tmp_path / "bank.json").write_text('{"format": 1, "matching": {"kind": "index", "sorcery": 1}}')
+    (tmp_path / "bank.json").write_text('{"format": 1, "index": "", "matching": {"kind": "index", "sorcery": 1}}')
     with pytest.raises(DataError, match="sorcery"):
         load_bank(tmp_path, num_classes=2, device=CPU)
 

@@ -218,6 +218,22 @@ def test_pictures(tmp_path: Path, cohort_path: str) -> None:
     assert figures == {path.name: path.read_bytes() for path in (tmp_path / "run/figures").iterdir()}
 
 
+def test_the_report_says_what_training_warned_of(start: Callable[..., Any], tmp_path: Path) -> None:
+    start(Fakes())
+    said = [(tmp_path / "run" / name).read_text() for name in ("report.html", "tables/summary.md")]
+    assert not any("Warnings" in text for text in said)
+    metrics = tmp_path / "run/cells/embedding_matching__2__seed1/metrics.jsonl"
+    row = {"step": 2, "alarm_flood": 1, "foreground_unlabelled": 0.3, "foreground_target": 0.1}
+    metrics.write_text(json.dumps({"step": 1}) + "\n" + json.dumps(row) + "\n")
+    start(Fakes())
+    for name in ("report.html", "tables/summary.md"):
+        text = (tmp_path / "run" / name).read_text()
+        assert "Warnings while they trained" in text
+        assert "embedding_matching, 2 labelled scans" in text
+        assert "flood: the student calls 30% of unlabelled patches foreground, labelled ones hold 10%" in text
+        assert "Seed 1 at 1 of 2 steps, from 2 to 2." in text
+
+
 def test_the_same_command_again_does_what_is_left(start: Callable[..., Any], tmp_path: Path) -> None:
     start(Fakes())
     shutil.rmtree(tmp_path / "run/cells/uamt__2__seed1/evaluation")

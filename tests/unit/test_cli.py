@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from distseg import api
 from distseg.cli import main
-from distseg.config.compose import train_config
+from distseg.config.compose import train_config, tune_config
 from distseg.config.presets import METHODS, PRESETS
 from distseg.config.schema import PredictConfig
 from distseg.doors import VERBS, Verb, literal_override, nearest_key
@@ -69,7 +69,13 @@ def test_users_key_beats_preset_and_method(caught: list[Any]) -> None:
     assert (caught[0].method.temperature, caught[0].references.k) == (0.5, 3)
 
 
-@pytest.mark.parametrize("verb", [name for name in VERBS if name != "train"])
+def test_a_sweeps_keys_are_trains_and_its_own(caught: list[Any]) -> None:
+    assert run("tune", "cohort=c", "run=r", "space=thresholds", "tune.trials=3", "method.passes=2") == 0
+    keys = {"tune.trials": 3, "method.passes": 2}
+    assert caught == [tune_config(cohort="c", run="r", space="thresholds", overrides=keys)]
+
+
+@pytest.mark.parametrize("verb", [name for name in VERBS if name not in ("train", "tune")])
 def test_defaults_are_the_schemas(caught: list[Any], verb: str) -> None:
     schema = VERBS[verb].schema()
     missing = [key for key in ("source", "cohort", "run", "input", "output") if getattr(schema(), key, "") == "???"]

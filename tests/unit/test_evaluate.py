@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -131,6 +132,22 @@ def test_perfect_masks_score_perfectly_and_the_folder_is_complete(run: str, coho
     assert sorted(p.name for p in (folder / "figures").iterdir()) == ["best.png", "curves.png", "worst.png"]
     assert sorted(p.name for p in folder.iterdir()) == ["figures", "metrics.json", "per_scan.csv", "report.html"]
     assert "bone" in (folder / "report.html").read_text()
+    assert "Warnings" not in (folder / "report.html").read_text()
+
+
+def test_the_report_says_what_training_warned_of(run: str, cohort: str) -> None:
+    report = Path(run) / "evaluation" / "val" / "report.html"
+    shares = {"foreground_matched": 0.9, "foreground_unlabelled": 0.01, "foreground_target": 0.02}
+    rows = [{"step": step, "loss": 1.0, **shares} for step in range(1, 9)]
+    for row in rows[3:7]:
+        row["alarm_matched_flood"] = 1
+    (Path(run) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate(run, cohort)
+    box = re.search("<aside>.*?</aside>", report.read_text(), re.DOTALL)
+    assert box is not None
+    assert "Warnings while it trained" in box[0]
+    assert "flood of matched labels: 90% of the voxels" in box[0]
+    assert "at 4 of 8 steps, from 4 to 7" in box[0]
 
 
 def test_folder_of_before_is_replaced(run: str, cohort: str) -> None:

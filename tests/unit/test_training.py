@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -28,7 +29,7 @@ from distseg.inference.model import load_model
 from distseg.matching.bank import load_bank
 from distseg.training import checkpoint as checkpoint_module
 from distseg.training import doubt, loop
-from distseg.training.alarms import Alarms, alarm_text
+from distseg.training.alarms import Alarms, alarm_text, sounded
 from distseg.training.local import train_local
 from distseg.training.loop import TrainResult, train_rank
 from distseg.training.reduce import Communicator, FlatGradients, SingleProcess, TorchDistributed
@@ -355,6 +356,9 @@ def test_a_bank_is_versioned_by_step(undisturbed_with_bank: Path) -> None:
     a kept checkpoint, of step 4 or 5, will ask for is gone."""
     rows = rows_of(undisturbed_with_bank)
     assert [row["bank_age_steps"] for row in rows] == [1, 2, 2, 2, 2]
+    lines = (undisturbed_with_bank / "metrics.jsonl").read_text().splitlines()
+    waits = [json.loads(line)["time_bank_wait_s"] for line in lines]
+    assert all(0 <= seconds < 60 for seconds in waits)
     assert all(row["loss_nn"] > 0 and 0 < row["coverage_matched"] <= 100 / 512 for row in rows)
     versions = sorted(p.name for p in (undisturbed_with_bank / "bank").iterdir())
     assert versions == ["v_0003", "v_0004", "v_0005"]
@@ -376,6 +380,13 @@ def test_a_resumed_run_uses_the_same_bank(
     assert_same_run(tmp_path / "run", undisturbed_with_bank)
     names = [sorted(p.name for p in (r / "bank").iterdir()) for r in (tmp_path / "run", undisturbed_with_bank)]
     assert names[0] == names[1]
+
+
+def test_the_index_is_chosen_aloud(cohort_path: str, tmp_path: Path) -> None:
+    reporter = Quiet()
+    train(config(cohort_path, tmp_path / "run", matching="index", train__steps=1), reporter)
+    (note,) = [text for text in reporter.notes if text.startswith("bank: ")]
+    assert re.fullmatch(r"bank: \d+ references of 6 scans; index: exact: \d+ rows are fewer than \d+", note)
 
 
 def test_a_lost_bank_is_one_line(cohort_path: str, tmp_path: Path) -> None:
@@ -446,6 +457,17 @@ def test_alarms_by_hand() -> None:
         alarms = Alarms([row] * 23)
         assert (alarms.of(row), alarms.of(row)) == ({}, expected)
         assert all(alarm_text(name, row).startswith("step 9: ") for name in expected)
+    # Of a whole run, in words: means over the steps that sounded.
+    course = [
+        {**quiet, "step": 1},
+        {**quiet, "step": 2, "foreground_matched": 0.6, "alarm_matched_flood": 1},
+        {**quiet, "step": 3, "foreground_matched": 0.8, "alarm_matched_flood": 1, "alarm_flood": 1},
+    ]
+    flood, matched = sounded(course)
+    assert (flood.name, flood.when) == ("alarm_flood", "at 1 of 3 steps, from 3 to 3")
+    assert (matched.name, matched.when) == ("alarm_matched_flood", "at 2 of 3 steps, from 2 to 3")
+    assert matched.text.startswith("flood of matched labels: 70% of")
+    assert sounded(course[:1]) == sounded([]) == []
     # A mean over the window: one wild step is no alarm.
     assert Alarms([quiet] * 24).of({**quiet, "foreground_matched": 0.7}) == {}
 
