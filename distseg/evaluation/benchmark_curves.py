@@ -36,17 +36,22 @@ class RunCurves:
 
 @dataclass(frozen=True)
 class _Theme:
+    """Keys that begin with `prefix` and end with `suffix`, `but` for one; the legend names them by what is between."""
+
     title: str
     prefix: str
+    suffix: str = ""
+    but: str = ""
     share: bool = False
     itself: str = ""  # what the legend calls the key that is the prefix
 
 
 _THEMES = (
     _Theme("Loss terms, unweighted", "loss_"),
-    _Theme("Unlabelled voxels that teach", "coverage_", share=True),
+    _Theme("Unlabelled voxels, share reliable", "coverage_reliable", share=True, itself="reliable"),
+    _Theme("Unlabelled voxels, share for matching", "coverage_", but="coverage_reliable"),  # few: an axis of its own
     _Theme("Foreground, share of voxels", "foreground_"),
-    _Theme("Matched labels that are right", "matched_accuracy", share=True, itself="all"),
+    _Theme("Labels right where the teacher is unsure", "", "_accuracy", share=True),
     _Theme("Dice of validation patches", "val_dice", share=True, itself="student"),
 )
 
@@ -65,7 +70,7 @@ def _keys(theme: _Theme, runs: Sequence[RunCurves]) -> list[str]:
     """Keys of the theme that some row gives a number, in order of first appearance."""
     rows = [row for run in runs for part in (run.phase_a, run.phase_b) for row in part]
     seen = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, int | float))
-    return [key for key in seen if key.startswith(theme.prefix)]
+    return [key for key in seen if key.startswith(theme.prefix) and key.endswith(theme.suffix) and key != theme.but]
 
 
 def _figure(
@@ -101,7 +106,8 @@ def _figure(
 
 
 def _words(theme: _Theme, key: str) -> str:
-    return key.removeprefix(theme.prefix).strip("_").replace("_", " ") or theme.itself
+    between = key.removeprefix(theme.prefix).removesuffix(theme.suffix)
+    return between.strip("_").replace("_", " ") or theme.itself
 
 
 def _draw(axes: Axes, keys: Sequence[str], runs: Sequence[RunCurves]) -> None:

@@ -8,7 +8,7 @@ losses/reconstruction.py, both tasks in one update (the paper's "joint" variant;
 Departures: the image is rescaled from a fixed window of z-scores to [0, 1], the range of the sigmoid; a softmax over C
 classes and C reconstructions where the paper has one mask and its complement; the U-Net's blocks and dropout. The
 released code compares the reconstruction of the labelled patch with the unlabelled target; the paper does not.
-With `mask_gradient` (the paper's) a segmentation can lower L_R by collapsing: `mask_share` says how much it covers.
+With `mask_gradient` (the paper's) a segmentation can lower L_R by collapsing: `foreground_mask` says what it covers.
 The teacher is the moving average of the U-Net, without the second decoder, and no part of the method.
 """
 
@@ -53,5 +53,5 @@ class MultiTaskConsistency(Method):
             probability = probability.detach()
         labelled, unlabelled = reconstruction_loss(seen.heads, image, probability).chunk(2)
         covered = 1 - probability.detach()[:, 0].flatten(1).chunk(2)[1]  # [B, voxels]
-        shares = {"mask_share": Share(covered.sum(1), torch.full_like(covered[:, 0], covered.shape[1]))}
+        shares = {"foreground_mask": Share(covered.sum(1), torch.full_like(covered[:, 0], covered.shape[1]))}
         return Terms({"reconstruction": (labelled + unlabelled) / 2}, shares)

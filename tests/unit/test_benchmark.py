@@ -692,6 +692,18 @@ def test_curves_have_a_column_a_row_and_figures_of_four() -> None:
     assert benchmark_curves([RunCurves("a", 0, [], [])]) == []
 
 
+def test_curves_of_matching() -> None:
+    """What is reliable, what matching looks at, and who is right there, each with its legend."""
+    keys = ("coverage_reliable", "coverage_matched", "coverage_rejected", "matched_accuracy", "teacher_accuracy")
+    row = {"step": 1, **{key: 0.01 * (number + 1) for number, key in enumerate(keys)}}
+    (figure,) = benchmark_curves([RunCurves("a", 0, [], [row])])
+    legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes if axes.get_legend()]
+    assert legends == [["reliable"], ["matched", "rejected"], ["matched", "teacher"]]
+    reliable, matched = figure.axes[0], figure.axes[2]
+    assert reliable.get_ylim() == (0, 1.05)
+    assert matched.get_ylim()[1] == pytest.approx(0.03 * 1.1)  # a few hundredths fill their panel
+
+
 # --- the real thing ------------------------------------------------------------------------------------------------
 
 
