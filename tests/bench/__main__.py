@@ -7,7 +7,7 @@ import importlib
 import json
 from pathlib import Path
 
-BENCHMARKS = ("step", "step_growth", "index", "embeddings", "bank", "scaling")
+BENCHMARKS = ("step", "step_growth", "methods", "index", "embeddings", "bank", "scaling")
 OPTIONS = {"index": ("large",), "embeddings": ("trained", "cohort")}  # which of the arguments a benchmark takes
 
 
