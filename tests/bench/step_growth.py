@@ -36,6 +36,7 @@ def run() -> dict[str, float]:
     keys: dict[str, float] = {}
     for name, case in cases.items():
         mine = _measure(name, case, device, table)
+        Console().print({key: round(value, 3) for key, value in mine.items()})  # the whole takes minutes
         keys |= mine
     Console().print(table)
     return keys
