@@ -124,16 +124,7 @@ def start_session(
     )
     banks = None
     if uses_bank(config):
-        service = make_service(
-            BankFolder(run.path / "bank", config, num_classes=plan.num_classes),
-            config=config,
-            scan_ids=plan.labelled,
-            num_classes=plan.num_classes,
-            width=student.embedding_width,
-            communicator=communicator,
-            device=device,
-        )
-        banks = Banks(builder, service, every_steps=config.references.every_steps, communicator=communicator)
+        banks = _banks(config, plan, run, builder, student.embedding_width, communicator, device, make_service)
     serving = {"bank_of": banks.serving} if banks else {}
     method = make_method(config, num_classes=plan.num_classes, **serving)
     doubt = _doubt(config, plan, run, reader, communicator) if method.uses_unlabelled else None
@@ -154,6 +145,28 @@ def start_session(
         first_step=first_step,
         schedule_offset=offset,
     )
+
+
+def _banks(
+    config: TrainRunConfig,
+    plan: Plan,
+    run: RunDirectory,
+    builder: ReferenceBuilder,
+    width: int,
+    communicator: Communicator,
+    device: torch.device,
+    make_service: MakeReferenceService,
+) -> Banks:
+    service = make_service(
+        BankFolder(run.path / "bank", config, num_classes=plan.num_classes),
+        config=config,
+        scan_ids=plan.labelled,
+        num_classes=plan.num_classes,
+        width=width,
+        communicator=communicator,
+        device=device,
+    )
+    return Banks(builder, service, every_steps=config.references.every_steps, communicator=communicator)
 
 
 def _settings(config: TrainRunConfig, device: torch.device, precision: str) -> StepSettings:

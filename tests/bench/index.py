@@ -78,7 +78,7 @@ def _size(references: int, width: int) -> dict[str, float]:
         begun = time.process_time()
         index = build_index(problem.embeddings, problem.classes, num_classes=2, backend=backend, kind=kind)
         keys[f"build_s.{name}"] = time.process_time() - begun
-        searches[name] = lambda index=index: index.find(problem.queries, K)  # type: ignore[misc]
+        searches[name] = lambda index=index: index.find(problem.queries, K)  # type: ignore[misc]  # mypy infers no default of a lambda
         if references < LARGE[0]:
             keys |= _replica(problem, name, index)
     if references < SLOW_FROM:
@@ -102,7 +102,7 @@ def _exact(problem: Problem) -> Tensor:
 
 def _replica(problem: Problem, name: str, index: object) -> dict[str, float]:
     begun = time.process_time()
-    data = serialize(index)  # type: ignore[arg-type]
+    data = serialize(index)  # type: ignore[arg-type]  # one of ours, seen through a protocol
     packed = time.process_time()
     deserialize(data, problem.embeddings, problem.classes)
     seconds = {"serialize_s": packed - begun, "deserialize_s": time.process_time() - packed}

@@ -110,7 +110,7 @@ def test_every_voxel_lies_where_dicom_says(
     paths = write.series(folder, array, origin=origin, orientation=(*row, *column), step=step, spacing=spacing)
     for k, name in enumerate(order):
         paths[k].rename(folder / f"{name}.dcm")
-    to_mm = lambda k, r, c: origin + k * step + c * spacing[1] * row + r * spacing[0] * column  # noqa: E731
+    to_mm = lambda k, r, c: origin + k * step + c * spacing[1] * row + r * spacing[0] * column  # noqa: E731  # a formula
     check_positions(read(folder), array, to_mm)
 
 

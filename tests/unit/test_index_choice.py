@@ -52,7 +52,7 @@ def test_choice_and_reason(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     full = {"backend": "auto", "kind": "auto", "device": "auto", **asked}
-    choice = choose(count, **full, table_device=table, faiss_gpus=gpus)  # type: ignore[arg-type]
+    choice = choose(count, **full, table_device=table, faiss_gpus=gpus)  # type: ignore[arg-type]  # keys by name
     assert f"{choice.backend} {choice.kind} {choice.device}" == chosen
     assert why in choice.reason
 
