@@ -141,7 +141,7 @@ def trial(plain: Mapping[str, Any], *, threads: int, steps_done: int) -> DryRun:
         gpu_memory_nbytes=torch.cuda.max_memory_reserved() if session.device.type == "cuda" else None,
         checkpoint_nbytes=checkpoint_nbytes,
         checkpoints_kept=config.checkpoint.keep + (config.train.select == "val"),
-        gradient_nbytes=sum(p.numel() * p.element_size() for p in session.learner.student.parameters()),
+        gradient_nbytes=session.learner.gradients.nbytes,
         notes=session.plan.notes,
     )
 

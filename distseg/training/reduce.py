@@ -68,6 +68,11 @@ class FlatGradients:
             offset += parameter.numel()
         self._tail = self._buffer[total:]
 
+    @property
+    def nbytes(self) -> int:
+        """What ranks sum each step."""
+        return self._buffer.nbytes
+
     def zero(self) -> None:
         self._buffer.zero_()
 
