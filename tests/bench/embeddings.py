@@ -6,8 +6,9 @@ RUN is any finished run (RUN/model) whose cohort has a labelled validation split
 well neighbours vote, and how many of them an approximate search misses, are properties of a trained network.
 
 Queries: student embeddings of voxels with Eq 2's entropy >= 0.75 ln K, in patches uniform in the body of validation
-scans. References: teacher embeddings of the run's labelled scans, by three draws: `surface` (bands just inside and
-outside), `random` (in the body, and in the object), `doubt` (entropy as the queries' own). At most `PER_CLASS` a class.
+scans. References: teacher embeddings of the run's labelled scans, the same number of each class: `surface` (bands just
+inside and outside), `random` (in the body and in the object), `doubt` (entropy as the queries'), and `doubt as found`,
+with the classes' own frequencies among doubtful voxels.
 
 Keys, for each row NAME of the table: `embeddings.NAME.accuracy`, `.balanced` (mean over classes of the share found),
 `.foreground` (share called foreground, against `embeddings.truth.foreground`), for IVF `.recall` against exact.
@@ -38,7 +39,7 @@ from distseg.matching.surface import draw_references, surface_bands
 from distseg.methods.uncertainty import uncertainty_and_label
 from distseg.networks.stochastic import stochastic_logits
 
-PER_CLASS = 25_000
+PER_CLASS = 25_000  # references, at most
 PATCHES = {"labelled": 16, "held out": 8}  # of a scan
 PASSES, NOISE_SIGMA = 5, 0.01  # the paper's
 UNSURE = 0.75  # of ln K: the paper's threshold at T = 0
@@ -48,7 +49,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Patches:
-    """All patches of one scan, flat over P voxels."""
+    """All patches of one scan, flat over the P voxels they show, each voxel once."""
 
     teacher: Tensor  # float32 [P, E], deterministic pass
     student: Tensor  # float32 [P, E]
@@ -98,12 +99,12 @@ def _report(labelled: Sequence[Patches], held_out: Sequence[Patches], num_classe
     add("truth", "", truth)
     add("always background", "", torch.zeros_like(truth))
     add("teacher", "", torch.cat([p.guess[p.unsure] for p in held_out]))
-    add("prototypes of the batch", "surface, 80 a class of one patch", _by_batch(labelled, held_out))
-    for draw in ("surface", "random", "doubt"):
+    add("prototypes of the batch", "80 a class", _by_batch(labelled, held_out))
+    for draw in ("surface", "random", "doubt", "doubt as found"):
         embeddings, classes = _bank(labelled, draw, num_classes)
         for name, references, label, recall in _by_bank(draw, embeddings, classes, queries, num_classes):
             add(name, references, label, recall)
-    Console().print(table)
+    Console(width=100).print(table)
     return keys
 
 
@@ -120,13 +121,15 @@ def _by_batch(labelled: Sequence[Patches], held_out: Sequence[Patches]) -> Tenso
 
 
 def _bank(labelled: Sequence[Patches], draw: str, num_classes: int) -> tuple[Tensor, Tensor]:
-    """References of all labelled scans: embeddings [R, E] and classes [R], at most PER_CLASS a class."""
-    masks = {"surface": lambda p: p.band, "random": lambda p: torch.ones_like(p.band), "doubt": lambda p: p.unsure}
-    embeddings = torch.cat([p.teacher[masks[draw](p)] for p in labelled])
-    classes = torch.cat([p.truth[masks[draw](p)] for p in labelled])
-    random = torch.Generator().manual_seed(SEED)
-    order = torch.randperm(len(classes), generator=random)
-    rows = torch.cat([order[classes[order] == c][:PER_CLASS] for c in range(num_classes)])
+    """References of all labelled scans, in random order: embeddings [R, E] and classes [R]."""
+    masks = {"surface": lambda p: p.band, "random": lambda p: torch.ones_like(p.band)}
+    mask = masks.get(draw, lambda p: p.unsure)
+    embeddings = torch.cat([p.teacher[mask(p)] for p in labelled])
+    classes = torch.cat([p.truth[mask(p)] for p in labelled])
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(SEED))
+    counts = classes.bincount(minlength=num_classes)
+    most = PER_CLASS if draw.endswith("as found") else min(PER_CLASS, int(counts.min()))
+    rows = torch.cat([order[classes[order] == c][:most] for c in range(num_classes)])
     return embeddings[rows], classes[rows]
 
 
@@ -134,7 +137,7 @@ def _by_bank(
     draw: str, embeddings: Tensor, classes: Tensor, queries: Tensor, num_classes: int
 ) -> Iterator[tuple[str, str, Tensor, float | None]]:
     """(name, references, labels [N], recall) of each way to ask a bank."""
-    counts = f"{draw}, {' + '.join(str(int(n)) for n in classes.bincount(minlength=num_classes))}"
+    counts = " + ".join(str(int(n)) for n in classes.bincount(minlength=num_classes))
     unit, q = functional.normalize(embeddings, dim=1), functional.normalize(queries, dim=1)
     prototypes = torch.stack([unit[classes == c].mean(0) for c in range(num_classes)])
     yield f"{draw} prototypes", counts, (q @ prototypes.T).argmax(1), None
@@ -150,7 +153,7 @@ def _by_bank(
     for how, rows in (("random", _first(classes, num_classes)), ("coreset", _coreset(unit, classes, num_classes))):
         thin = build_index(embeddings[rows], classes[rows], num_classes=num_classes, backend="torch")
         ids = rows[thin.find(queries, min(15, int(classes[rows].bincount().min())))]
-        yield f"{draw} 15 nearest thinned {how}", f"{draw}, {THINNED} a class", _closest_class(q, unit, ids), None
+        yield f"{draw} 15 nearest thinned {how}", f"{THINNED} a class", _closest_class(q, unit, ids), None
 
 
 def _closest_class(queries: Tensor, references: Tensor, ids: Tensor) -> Tensor:
@@ -182,6 +185,7 @@ def _coreset(unit: Tensor, classes: Tensor, num_classes: int) -> Tensor:
         taken = [0]
         while len(taken) < min(THINNED, len(rows)):
             closest = torch.maximum(closest, unit[rows] @ unit[rows[taken[-1]]])
+            closest[taken[-1]] = torch.inf  # a zero embedding is not similar even to itself
             taken.append(int(closest.argmin()))
         chosen.append(rows[torch.tensor(taken)])
     return torch.cat(chosen)
@@ -217,21 +221,24 @@ def _patches(model: Model, reader: PatchReader, scan_id: str, count: int, *, on_
             (embedded["teacher"], embedded["student"], guess, entropy, class_prototypes(embedded["teacher"], index))
         )
     teacher, student, guess, entropy, prototypes = (torch.cat(column) for column in zip(*parts, strict=True))
-    inside = torch.from_numpy(np.stack([_inside(start, size, reader.shape(scan_id)) for start in starts])).flatten()
+    once = _each_voxel_once(starts, size, reader.shape(scan_id))
     whole = torch.tensor([bool(present.all()) for _, present in drawn])
     return Patches(
-        teacher=teacher.movedim(1, -1).flatten(0, 3)[inside].clone(),
-        student=student.movedim(1, -1).flatten(0, 3)[inside].clone(),
-        truth=torch.from_numpy(labels).long().flatten()[inside],
-        guess=guess.flatten()[inside],
-        unsure=(entropy.flatten() >= UNSURE * math.log(num_classes))[inside],
-        band=torch.from_numpy(np.stack([np.any(band, axis=0) for band in bands])).flatten()[inside],
+        teacher=teacher.movedim(1, -1).flatten(0, 3)[once].clone(),
+        student=student.movedim(1, -1).flatten(0, 3)[once].clone(),
+        truth=torch.from_numpy(labels).long().flatten()[once],
+        guess=guess.flatten()[once],
+        unsure=(entropy.flatten() >= UNSURE * math.log(num_classes))[once],
+        band=torch.from_numpy(np.stack([np.any(band, axis=0) for band in bands])).flatten()[once],
         prototypes=prototypes[whole],
-        patch=torch.arange(count).repeat_interleave(math.prod(size))[inside],
+        patch=torch.arange(count).repeat_interleave(math.prod(size))[once],
     )
 
 
-def _inside(start: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> np.ndarray:
-    """Which voxels of a patch lie within the scan, bool of `size`."""
-    axes = [(s + np.arange(n) >= 0) & (s + np.arange(n) < m) for s, n, m in zip(start, size, shape, strict=True)]
-    return axes[0][:, None, None] & axes[1][None, :, None] & axes[2][None, None, :]
+def _each_voxel_once(starts: Sequence[Sequence[int]], size: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Flat positions in the stacked patches: every voxel of the scan that they show, in the first that shows it."""
+    low = np.asarray(starts)[:, :, None, None, None]  # [S, 3, 1, 1, 1]
+    voxels = (low + np.indices(size)).transpose(1, 0, 2, 3, 4).reshape(3, -1)  # [3, S Z Y X]
+    inside = np.flatnonzero(((voxels >= 0) & (voxels < np.asarray(shape)[:, None])).all(0))
+    _, first = np.unique(np.ravel_multi_index(tuple(voxels[:, inside]), tuple(shape)), return_index=True)
+    return torch.from_numpy(inside[first])

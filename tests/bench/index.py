@@ -213,4 +213,4 @@ def _print(title: str, keys: Mapping[str, float], names: list[str]) -> None:
     for name in names:
         values = (keys.get(f"{column}.{name}") for column in columns)
         table.add_row(name, *("" if v is None else f"{v:.0f}" if v > 500 else f"{v:.4g}" for v in values))
-    Console().print(table)
+    Console(width=100).print(table)
