@@ -249,6 +249,13 @@ class ReferencesConfig:
         one_of("references.draw", self.draw, ("surface", "random", "doubt"))
         for name in ("k", "draws", "patches", "per_patch", "max_count", "every_steps"):
             at_least(f"references.{name}", getattr(self, name), 1)
+        require(
+            self.max_count >= self.patches,
+            "references.max_count",
+            self.max_count,
+            f"at least references.patches = {self.patches}: each patch gives a reference",
+            "raise it, or lower references.patches",
+        )
         between("references.doubt_passes", self.doubt_passes, 0, 64)
         for name in ("band_inside_mm", "band_outside_mm"):
             if getattr(self, name) is not None:

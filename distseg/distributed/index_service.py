@@ -30,8 +30,7 @@ from distseg.errors import RunMismatchError
 from distseg.matching.bank import Bank, BankParts, bank_from_parts, bank_parts, open_bank
 from distseg.matching.references import join
 from distseg.training.bank_builder import Piece
-from distseg.training.bank_folder import BankFolder
-from distseg.training.reduce import Communicator
+from distseg.training.bank_folder import BankFolder, ServiceSettings
 
 NAMESPACE = "distseg"
 KEPT_VERSIONS = 3  # in the memory of an actor: the one in use, the next, and the one that is being built
@@ -149,20 +148,10 @@ class RemoteFinder:
 class RayReferences:
     """A worker's side of the service; `distseg.training.bank.ReferenceService`."""
 
-    def __init__(
-        self,
-        folder: BankFolder,
-        *,
-        config: TrainRunConfig,
-        scan_ids: tuple[str, ...],
-        num_classes: int,
-        width: int,
-        communicator: Communicator,
-        device: torch.device,
-    ) -> None:
-        self._folder, self._config, self._num_classes = folder, config, num_classes
-        self._communicator, self._device = communicator, device
-        self._owner: Any = ray.get_actor(owner_name(config.run), namespace=NAMESPACE)
+    def __init__(self, asked: ServiceSettings) -> None:
+        self._folder, self._config, self._num_classes = asked.folder, asked.config, asked.num_classes
+        self._communicator, self._device = asked.communicator, asked.device
+        self._owner: Any = ray.get_actor(owner_name(asked.config.run), namespace=NAMESPACE)
         self._pending: dict[int, tuple[int, Share]] = {}
         self._offered_to: dict[int, str] = {}
         self._calls: dict[int, Any] = {}

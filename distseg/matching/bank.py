@@ -122,8 +122,10 @@ def open_bank(
     """A bank over `table`, searched by `finder`; `reason`: why by that one."""
     counts = table.counts(num_classes).cpu()
     present = counts > 0
-    k = min(config.k, int(counts[present].min()))
-    chosen = f"{len(table.classes)} references of {len(table.scan_ids)} scans; index: {reason}"
+    fewest = int(counts[present].min())
+    k = min(config.k, fewest)
+    fewer = f"; matching.k={config.k} is taken as {k}, all that the rarest class has" if k < config.k else ""
+    chosen = f"{len(table.classes)} references of {len(table.scan_ids)} scans{fewer}; index: {reason}"
     return Bank(table, finder, present, k, config, chosen)
 
 

@@ -48,18 +48,6 @@ class ReferenceTable:
         """All rows but those of one scan: what that scan itself is matched against where generalisation is measured."""
         return self._rows(torch.nonzero(self.scans != self.scan_ids.index(scan_id)).flatten())
 
-    def thinned(self, max_count: int, *, seed: int) -> ReferenceTable:
-        """At most `max_count` rows by lot, in their order; each class keeps its share, and one row at least."""
-        total = len(self.classes)
-        if total <= max_count:
-            return self
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-        kept = []
-        for value in torch.unique(self.classes).tolist():
-            rows = order[self.classes[order] == value]
-            kept.append(rows[: max(1, len(rows) * max_count // total)])
-        return self._rows(torch.cat(kept).sort().values)
-
     def to(self, device: torch.device) -> ReferenceTable:
         moved = {name: getattr(self, name).to(device) for name in ("embeddings", "classes", "scans")}
         return dataclasses.replace(self, **moved)
@@ -154,4 +142,4 @@ def choose_voxels(
             chosen.append(pool[order[:share]])
         else:
             chosen.append(generator.choice(pool, share, replace=False))
-    return np.concatenate(chosen).astype(np.int64) if chosen else np.zeros(0, np.int64)
+    return np.concatenate(chosen).astype(np.int64)[:count] if chosen else np.zeros(0, np.int64)

@@ -11,15 +11,13 @@ step that uses it, and before any checkpoint that a later step could resume from
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
-import torch
-
-from distseg.config.schema import TrainRunConfig
 from distseg.matching.bank import Bank
 from distseg.networks.unet import UNet3D
 from distseg.training.bank_builder import Piece, ReferenceBuilder
-from distseg.training.bank_folder import BankFolder
+from distseg.training.bank_folder import ServiceSettings
 from distseg.training.reduce import Communicator
 
 
@@ -52,20 +50,8 @@ class ReferenceService(Protocol):
         """Remove versions from disk that no step will use again. Rank 0 only."""
 
 
-class MakeReferenceService(Protocol):
-    """How a launcher makes its service: `LocalReferences` in one process or under torchrun, Ray's otherwise."""
-
-    def __call__(
-        self,
-        folder: BankFolder,
-        *,
-        config: TrainRunConfig,
-        scan_ids: tuple[str, ...],
-        num_classes: int,
-        width: int,
-        communicator: Communicator,
-        device: torch.device,
-    ) -> ReferenceService: ...
+# How a launcher makes its service: `LocalReferences` in one process or under torchrun, Ray's otherwise.
+MakeReferenceService = Callable[[ServiceSettings], ReferenceService]
 
 
 class Banks:

@@ -6,6 +6,7 @@ RUN/bank/v_0003/   matching/bank.py; written under a temporary name, then rename
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -67,25 +68,27 @@ class BankFolder:
         return self._root / f"v_{version:04d}"
 
 
+@dataclass(frozen=True)
+class ServiceSettings:
+    """What a reference service of one rank is made with, whoever runs it."""
+
+    folder: BankFolder
+    config: TrainRunConfig
+    scan_ids: tuple[str, ...]
+    num_classes: int
+    width: int  # of an embedding
+    communicator: Communicator
+    device: torch.device
+
+
 class LocalReferences:
     """The service without Ray: ranks exchange their shares in one all-reduce, and rank 0 writes what all then read."""
 
-    def __init__(
-        self,
-        folder: BankFolder,
-        *,
-        config: TrainRunConfig,
-        scan_ids: tuple[str, ...],
-        num_classes: int,
-        width: int,
-        communicator: Communicator,
-        device: torch.device,
-    ) -> None:
-        self._folder, self._communicator, self._device = folder, communicator, device
-        self._scan_ids = scan_ids
-        # Rows a patch gives at most: a class that is there gives one in any case.
-        self._buffer_shape = (config.references.patches, max(config.references.per_patch, num_classes), width + 2)
-        self._banks: dict[int, Bank] = {}
+    def __init__(self, asked: ServiceSettings) -> None:
+        self._folder, self._communicator, self._device = asked.folder, asked.communicator, asked.device
+        self._scan_ids = asked.scan_ids
+        references = asked.config.references
+        self._buffer_shape = (references.patches, references.per_patch, asked.width + 2)
 
     def has(self, version: int) -> bool:
         return self._folder.has(version)

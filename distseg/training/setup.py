@@ -19,7 +19,7 @@ from distseg.networks.ema import make_teacher
 from distseg.training.allocator import keep_large_buffers
 from distseg.training.bank import Banks, MakeReferenceService
 from distseg.training.bank_builder import ReferenceBuilder
-from distseg.training.bank_folder import BankFolder, LocalReferences
+from distseg.training.bank_folder import BankFolder, LocalReferences, ServiceSettings
 from distseg.training.checkpoint import Checkpoint, load_newest
 from distseg.training.compiled import check_compiler, compile_network
 from distseg.training.doubt import DoubtCentres
@@ -124,7 +124,18 @@ def start_session(
     )
     banks = None
     if uses_bank(config):
-        banks = _banks(config, plan, run, builder, student.embedding_width, communicator, device, make_service)
+        asked = ServiceSettings(
+            folder=BankFolder(run.path / "bank", config, num_classes=plan.num_classes),
+            config=config,
+            scan_ids=plan.labelled,
+            num_classes=plan.num_classes,
+            width=student.embedding_width,
+            communicator=communicator,
+            device=device,
+        )
+        banks = Banks(
+            builder, make_service(asked), every_steps=config.references.every_steps, communicator=communicator
+        )
     serving = {"bank_of": banks.serving} if banks else {}
     method = make_method(config, num_classes=plan.num_classes, **serving)
     doubt = _doubt(config, plan, run, reader, communicator) if method.uses_unlabelled else None
@@ -145,28 +156,6 @@ def start_session(
         first_step=first_step,
         schedule_offset=offset,
     )
-
-
-def _banks(
-    config: TrainRunConfig,
-    plan: Plan,
-    run: RunDirectory,
-    builder: ReferenceBuilder,
-    width: int,
-    communicator: Communicator,
-    device: torch.device,
-    make_service: MakeReferenceService,
-) -> Banks:
-    service = make_service(
-        BankFolder(run.path / "bank", config, num_classes=plan.num_classes),
-        config=config,
-        scan_ids=plan.labelled,
-        num_classes=plan.num_classes,
-        width=width,
-        communicator=communicator,
-        device=device,
-    )
-    return Banks(builder, service, every_steps=config.references.every_steps, communicator=communicator)
 
 
 def _settings(config: TrainRunConfig, device: torch.device, precision: str) -> StepSettings:
@@ -203,7 +192,8 @@ def _feed(
         doubt_share=config.sampling.doubt_share,
         doubt=doubt,
     )
-    annotated = frozenset(r.scan_id for r in cohort.records if r.labelled)
+    # A scan whose own voxels are references would be measured against itself.
+    annotated = frozenset(r.scan_id for r in cohort.records if r.labelled) - set(plan.labelled)
     return Feed(
         sampler,
         slots=tuple(range(communicator.rank, config.train.batch_size, communicator.world_size)),

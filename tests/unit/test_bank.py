@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distseg.config.schema import MatchingConfig, MethodConfig
-from distseg.errors import DataError
+from distseg.config.schema import MatchingConfig, MethodConfig, ReferencesConfig
+from distseg.errors import ConfigError, DataError
 from distseg.matching.bank import (
     Bank,
     bank_from_parts,
@@ -101,18 +101,12 @@ def test_a_damaged_table_is_one_line(tmp_path: Path) -> None:
         load_table(tmp_path)
 
 
-def test_without_a_scan_and_thinned() -> None:
+def test_without_a_scan() -> None:
     table = make_table(counts=(90, 10))
     rest = table.without("b")
     assert torch.equal(rest.embeddings, table.embeddings[table.scans != 1])
+    assert torch.equal(rest.classes, table.classes[table.scans != 1])
     assert 1 not in rest.scans
-    thin = table.thinned(20, seed=0)
-    assert torch.bincount(thin.classes).tolist() == [18, 2]
-    assert torch.equal(thin.embeddings, table.thinned(20, seed=0).embeddings)
-    rows = [int(torch.nonzero((table.embeddings == row).all(1))) for row in thin.embeddings]
-    assert rows == sorted(rows)
-    assert table.thinned(1, seed=0).counts(2).tolist() == [1, 1]  # no class is left out
-    assert table.thinned(100, seed=0) is table
 
 
 @given(order=st.permutations(range(5)))
@@ -162,6 +156,23 @@ def test_chosen_voxels_are_what_they_are_called(draw: str, balanced: bool) -> No
             chosen = voxels[classes == c] if c is not None else voxels
             most = np.sort(doubt.ravel()[pool])[-len(chosen) :]
             assert np.array_equal(np.sort(doubt.ravel()[chosen]), most)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_a_patch_gives_no_more_than_its_share_of_the_cap(count: int) -> None:
+    label = (np.arange(64).reshape(4, 4, 4) % 3).astype(np.uint8)
+    voxels = choose_voxels(
+        "random", label=label, doubt=np.zeros(label.shape), bands=surface_bands(label, 3), count=count, balanced=True,
+        generator=np.random.default_rng(0),
+    )  # fmt: skip
+    assert 1 <= len(voxels) <= count
+
+
+def test_a_cap_below_a_reference_a_patch_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"references\.max_count: value not allowed \(got 10\); must be at least references"
+    ):
+        ReferencesConfig(patches=32, max_count=10)
 
 
 def test_equal_doubt_falls_by_lot_and_an_absent_class_gives_none() -> None:
@@ -253,8 +264,11 @@ def test_a_bank_comes_back_and_travels(tmp_path: Path, similarity: str) -> None:
     assert torch.equal(classes, scores.argmax(1))
 
 
-def test_k_is_at_most_what_the_rarest_class_has() -> None:
-    assert brute_bank(make_table(counts=(20, 4)), k=15).k == 4
+def test_k_is_at_most_what_the_rarest_class_has_and_it_is_said() -> None:
+    bank = brute_bank(make_table(counts=(20, 4)), k=15)
+    assert bank.k == 4
+    assert "matching.k=15 is taken as 4, all that the rarest class has" in bank.chosen
+    assert "taken as" not in brute_bank(make_table(counts=(20, 4)), k=4).chosen
 
 
 def test_a_damaged_bank_is_one_line(tmp_path: Path) -> None:

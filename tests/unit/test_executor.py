@@ -69,6 +69,7 @@ def test_a_killed_driver_leaves_no_worker(tmp_path: Path) -> None:
         driver.wait()
     workers = [int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()]
     wait_for(lambda: not any(alive(pid) for pid in workers))
+    assert not any(alive(pid) for pid in workers)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -12,7 +12,7 @@ from distseg.config.compose import to_plain, train_config
 from distseg.distributed.index_service import IndexOwner
 from distseg.matching.references import load_table
 from distseg.training.bank_builder import Piece
-from distseg.training.bank_folder import BankFolder, LocalReferences
+from distseg.training.bank_folder import BankFolder, LocalReferences, ServiceSettings
 from distseg.training.reduce import SingleProcess
 
 SCANS = ("a", "b")
@@ -38,10 +38,11 @@ def owner(root: Path) -> IndexOwner:
 
 
 def test_two_shares_are_the_bank_of_one(tmp_path: Path) -> None:
-    local = LocalReferences(
-        BankFolder(tmp_path / "local", CONFIG, num_classes=2), config=CONFIG, scan_ids=SCANS, num_classes=2, width=3,
-        communicator=SingleProcess(), device=torch.device("cpu"),
+    asked = ServiceSettings(
+        folder=BankFolder(tmp_path / "local", CONFIG, num_classes=2), config=CONFIG, scan_ids=SCANS, num_classes=2,
+        width=3, communicator=SingleProcess(), device=torch.device("cpu"),
     )  # fmt: skip
+    local = LocalReferences(asked)
     local.offer(3, 60, pieces())
     ours = owner(tmp_path / "ray")
     ours.offer(3, 60, share(pieces()[1::2]), 1, 2)

@@ -572,6 +572,24 @@ def test_hidden_labels_change_nothing(cohort_path: str, poisoned_path: str, tmp_
     assert accuracies["True-True"] != accuracies["False-True"]  # diagnostics did look
 
 
+def test_a_scan_is_never_measured_against_its_own_references(cohort_path: str, tmp_path: Path) -> None:
+    """Where labelled scans serve as unlabelled too, their truth would be found among their own references. Scan c, of
+    which there are none, is measured."""
+    for unlabelled, measured in ((["a", "b"], False), (["c"], True)):
+        settings = config(
+            cohort_path, tmp_path / f"{measured}", matching="index", data__labeled_ids=["a", "b"],
+            train__diagnostics=True, train__steps=4,
+        )  # fmt: skip
+        run, _ = open_run(settings)
+        stored = yaml.safe_load(run.config_file.read_text())
+        stored["plan"]["unlabelled"] = unlabelled
+        run.config_file.write_text(yaml.safe_dump(stored))
+        train(settings)
+        rows = rows_of(run.path)
+        assert all(row["coverage_matched"] > 0 for row in rows)
+        assert {row.get("matched_accuracy") is not None for row in rows} == {measured}
+
+
 def test_no_label_of_an_unlabelled_scan_is_opened(
     cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
