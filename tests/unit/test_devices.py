@@ -92,7 +92,7 @@ NO_COMPILER = shutil.which("g++") is None or not Path(sysconfig.get_paths()["inc
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler imports its predecessor
+@pytest.mark.filterwarnings("ignore")  # what torch warns of while it compiles is its own
 @pytest.mark.skipif(NO_COMPILER, reason="torch.compile needs a C++ compiler and Python's headers")
 @pytest.mark.parametrize("dropout", ["all", "last"])
 def test_compiled_networks_give_the_same_losses(cohort_path: str, tmp_path: Path, dropout: str) -> None:
