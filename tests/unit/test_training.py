@@ -32,6 +32,7 @@ from distseg.training import doubt, loop
 from distseg.training.alarms import Alarms, alarm_text, sounded
 from distseg.training.local import train_local
 from distseg.training.loop import TrainResult, train_rank
+from distseg.training.profile import PARTS
 from distseg.training.reduce import Communicator, FlatGradients, SingleProcess, TorchDistributed
 from distseg.training.run import RunDirectory
 from distseg.training.setup import open_run
@@ -831,10 +832,16 @@ def test_a_patch_that_shrinks_to_one_voxel_is_refused(cohort_path: str, tmp_path
 
 
 def test_profile_leaves_a_trace_and_a_table(cohort_path: str, tmp_path: Path) -> None:
-    train(config(cohort_path, tmp_path / "profiled", method="supervised", train__steps=7, train__profile=True))
+    train(config(cohort_path, tmp_path / "profiled", train__steps=7, train__profile=True))
     trace = json.loads((tmp_path / "profiled" / "profile" / "trace.json").read_text())
     assert any("conv" in str(event.get("name")) for event in trace["traceEvents"])
-    assert "aten::" in (tmp_path / "profiled" / "profile" / "table.txt").read_text()
+    table = (tmp_path / "profiled" / "profile" / "table.txt").read_text()
+    assert "aten::" in table
+    # The parts of a step, apart and together: all of its time.
+    shares = {line[:26].strip(): float(line.split()[-1].rstrip("%")) for line in table.splitlines()[1:10] if "%" in line}
+    assert list(shares) == [*PARTS.values(), "the rest", "whole"]
+    assert sum(shares.values()) == pytest.approx(200, abs=1)
+    assert min(shares.values()) >= 0
 
 
 def test_a_run_in_a_folder_with_an_interpolation_in_its_name(cohort_path: str, tmp_path: Path) -> None:
