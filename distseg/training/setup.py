@@ -213,6 +213,7 @@ def _feed(
         needs_unlabelled=method.uses_unlabelled,
         distances=DistanceMaps(plan.spacing_mm, config.method.sdf_truncation_mm) if method.needs_distances else None,
         truth_of=annotated if config.train.diagnostics else frozenset(),
+        pin=config.resources.gpus_per_worker > 0,
     )
 
 

@@ -3,8 +3,8 @@
     python -m tests.bench precision [--trained RUN --cohort COHORT] [--json FILE]
 
 An `embedding_matching` step with `train.precision=bfloat16`, `train.channels_last` and `train.compile` beside the plain
-one in float32; batch of 2 slots, 32^3 on a CPU, 96^3 on a GPU. With a trained run, its teacher's M = 5 passes over patches
-uniform in the body of held-out scans in both precisions, by the same noise and masks. Keys:
+one in float32; batch of 2 slots, 32^3 on a CPU, 96^3 on a GPU. With a trained run, its teacher's M = 5 passes over
+patches uniform in the body of held-out scans in both precisions, by the same noise and masks. Keys:
   precision.OPTION_over_plain            step with the option / plain step (of `small`; `.xie2024` of that preset)
   precision.labels_equal                 share of voxels with the same label in bfloat16 (target >= .995)
   precision.foreground_dice              of the two foregrounds

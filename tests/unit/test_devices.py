@@ -248,3 +248,19 @@ def test_an_optimizer_keeps_its_moments_in_its_parameters_order() -> None:
             optimizer.step()
         runs.append(parameter.detach().contiguous())
     torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=1e-7)
+
+
+def test_batches_for_a_gpu_are_pinned(cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor of the batch, by the thread that cuts it; pinning itself is torch's and needs a GPU."""
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: tensor + 1 if tensor.dtype != torch.bool else ~tensor
+    )
+    settings = config(cohort_path, tmp_path / "run")
+    open_run(settings)
+    feed = loop.start_session(settings, SingleProcess()).feed
+    plain = feed.batch(1)
+    feed._pin = True
+    pinned = next(feed.ahead(1, 1))
+    for name, tensor in plain._tensors():
+        expected = tensor + 1 if tensor.dtype != torch.bool else ~tensor
+        assert torch.equal(getattr(pinned, name), expected), name

@@ -838,7 +838,9 @@ def test_profile_leaves_a_trace_and_a_table(cohort_path: str, tmp_path: Path) ->
     table = (tmp_path / "profiled" / "profile" / "table.txt").read_text()
     assert "aten::" in table
     # The parts of a step, apart and together: all of its time.
-    shares = {line[:26].strip(): float(line.split()[-1].rstrip("%")) for line in table.splitlines()[1:10] if "%" in line}
+    shares = {
+        line[:26].strip(): float(line.split()[-1].rstrip("%")) for line in table.splitlines()[1:10] if "%" in line
+    }
     assert list(shares) == [*PARTS.values(), "the rest", "whole"]
     assert sum(shares.values()) == pytest.approx(200, abs=1)
     assert min(shares.values()) >= 0
