@@ -40,7 +40,8 @@ class Batch:
 
     def pinned(self) -> Batch:
         """In memory that a GPU copies from without the CPU waiting."""
-        return dataclasses.replace(self, **{name: value.pin_memory() for name, value in self._tensors()})
+        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in self._tensors()}
+        return dataclasses.replace(self, **pinned)
 
     def micro_batches(self, size: int) -> Iterator[Batch]:
         """Pieces of `size` slots, in slot order."""

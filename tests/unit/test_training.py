@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from distseg.config.compose import train_config
 from distseg.config.schema import TrainRunConfig
 from distseg.data.patches import PatchReader
+from distseg.distributed import train as on_ray
 from distseg.errors import ConfigError, DataError, NonFiniteLossError, RunMismatchError
 from distseg.inference.model import load_model
 from distseg.matching.bank import load_bank
@@ -701,7 +702,8 @@ def test_what_a_branch_must_share(cohort_path: str, tmp_path: Path) -> None:
     train(config(cohort_path, tmp_path / "warm", method="supervised", train__steps=1))
     init = {"train__init_from": str(tmp_path / "warm")}
     with pytest.raises(
-        ConfigError, match=r"train\.init_from: the run to branch from has another network.*base_filters=2"
+        ConfigError,
+        match=r"the run to branch from has another network.*network\.base_filters: 2 there, 3 here; use",
     ):
         open_run(config(cohort_path, tmp_path / "b", **init, network__base_filters=3))
     with pytest.raises(
@@ -725,6 +727,20 @@ def test_a_branch_needs_a_checkpoint(cohort_path: str, tmp_path: Path) -> None:
     settings = config(cohort_path, tmp_path / "branch", train__init_from=str(tmp_path / "warm"))
     with pytest.raises(ConfigError, match=r"train\.init_from: the run to branch from has no checkpoint"):
         train(settings)
+    assert not (tmp_path / "branch").exists()
+
+
+def test_bad_input_is_told_before_ray_starts(cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(**_: Any) -> None:
+        raise AssertionError("Ray was asked for")
+
+    monkeypatch.setattr(on_ray, "connect", started)
+    with pytest.raises(ConfigError, match=r"data\.labeled_scans: more labelled scans asked for than there are"):
+        on_ray.train_on_ray(config(cohort_path, tmp_path / "run", data__labeled_scans=50))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(AssertionError, match="Ray was asked for"):
+        on_ray.train_on_ray(config(cohort_path, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_run_in_the_directory_is_refused(cohort_path: str, tmp_path: Path) -> None:
