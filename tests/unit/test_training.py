@@ -548,19 +548,33 @@ def test_a_run_learns(cohort_path: str, tmp_path: Path) -> None:
 # Hidden truth
 
 
-def test_hidden_labels_change_nothing(cohort_path: str, poisoned_path: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"matching": "index"},
+        {"sampling__unlabelled": "doubt", "sampling__doubt_every_steps": 2, "sampling__doubt_share": 1.0},
+        {"data__labeled_patches": 30},
+    ],
+    ids=["prototypes", "bank", "doubt", "labelled patches"],
+)
+def test_hidden_labels_change_nothing(
+    cohort_path: str, poisoned_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: dict[str, Any]
+) -> None:
     """Scans c to f are unlabelled in this run. Whether their labels are true or noise, and whether diagnostics looks at
     them, the weights are the same bit for bit; only `matched_accuracy` tells."""
+    monkeypatch.setattr(doubt, "CANDIDATES", 9)
     accuracies = {}
     for cohort in (cohort_path, poisoned_path):
         for diagnostics in (False, True):
             run = tmp_path / f"{cohort == cohort_path}-{diagnostics}"
-            train(config(cohort, run, data__labeled_ids=["a", "b"], train__diagnostics=diagnostics))
+            train(config(cohort, run, data__labeled_ids=["a", "b"], train__diagnostics=diagnostics, **variant))
             rows = rows_of(run)
             assert all(("matched_accuracy" in row) == diagnostics for row in rows)
             accuracies[run.name] = [row.pop("matched_accuracy", None) for row in rows]
             stored = yaml.safe_load((run / "config.yaml").read_text())["plan"]
-            assert (stored["labelled"], stored["unlabelled"]) == (["a", "b"], ["c", "d", "e", "f", "u", "w"])
+            whole = [] if "data__labeled_patches" not in variant else ["a", "b"]  # what is left of them
+            assert (stored["labelled"], stored["unlabelled"]) == (["a", "b"], [*whole, "c", "d", "e", "f", "u", "w"])
     runs = [tmp_path / name for name in accuracies]
     for run in runs[1:]:
         for name in ("student.safetensors", "teacher.safetensors"):
