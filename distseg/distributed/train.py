@@ -32,7 +32,7 @@ from distseg.training.loop import TrainResult, set_threads, train_rank
 from distseg.training.progress import TerminalReporter
 from distseg.training.reduce import TorchDistributed
 from distseg.training.run import RunDirectory
-from distseg.training.setup import open_run
+from distseg.training.setup import check_run, open_run
 
 # Ray's report() waits for the controller's next poll, 2 s apart by default (DESIGN section 6).
 _ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25", "RAY_TRAIN_V2_ENABLED": "1"}
@@ -49,6 +49,7 @@ def train_on_ray(config: TrainRunConfig, *, cpus_per_worker: int | None = None) 
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     resources = config.resources
+    check_run(config)  # bad input is told before Ray starts; a cluster too small, before a directory is made
     with connect(workers=resources.workers, gpus_per_worker=resources.gpus_per_worker):
         run, plan = open_run(config)
         resumed_from = newest_step(run.checkpoints)

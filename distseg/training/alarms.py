@@ -85,6 +85,15 @@ class Sounded:
     total: int
 
     @property
+    def title(self) -> str:
+        return self.text.partition(": ")[0].capitalize()
+
+    @property
+    def detail(self) -> str:
+        """What, and when."""
+        return f"{self.text.partition(': ')[2]}; {self.when}"
+
+    @property
     def when(self) -> str:
         return f"at {self.steps} of {self.total} steps, from {self.first} to {self.last}"
 

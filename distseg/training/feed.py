@@ -32,7 +32,8 @@ class Feed:
         spacing_mm: Z Y X, of the patches.
         references: how to draw them where the method matches against the slot's labelled patch, else None.
         distances: how to make the labelled patches' signed distance maps where the method learns them, else None.
-        diagnostics: open the hidden truth of unlabelled scans in `truth_of`, to be measured and never trained on.
+        truth_of: unlabelled scans whose hidden truth is opened, to be measured and never trained on.
+        pin: leave batches in memory that a GPU copies from without the CPU waiting.
     """
 
     def __init__(
@@ -46,14 +47,16 @@ class Feed:
         needs_unlabelled: bool,
         distances: DistanceMaps | None = None,
         truth_of: frozenset[str] = frozenset(),
+        pin: bool = False,
     ) -> None:
         self._sampler, self._slots, self._num_classes = sampler, slots, num_classes
         self._spacing_mm = tuple(spacing_mm)
         self._references, self._needs_unlabelled, self._truth_of = references, needs_unlabelled, truth_of
-        self._distances = distances
+        self._distances, self._pin = distances, pin
 
     def batch(self, step: int) -> Batch:
-        return collate([self._slot(step, slot) for slot in self._slots])
+        batch = collate([self._slot(step, slot) for slot in self._slots])
+        return batch.pinned() if self._pin else batch
 
     def ahead(self, first: int, last: int) -> Generator[Batch, None, None]:
         """Batches of steps first..last; the next one is cut in a thread while the caller works on this one."""

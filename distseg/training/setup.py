@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -20,7 +19,7 @@ from distseg.training.allocator import keep_large_buffers
 from distseg.training.bank import Banks, MakeReferenceService
 from distseg.training.bank_builder import ReferenceBuilder
 from distseg.training.bank_folder import BankFolder, LocalReferences, ServiceSettings
-from distseg.training.checkpoint import Checkpoint, load_newest
+from distseg.training.branch import parent_plan, where_it_left_off
 from distseg.training.compiled import check_compiler, compile_network
 from distseg.training.doubt import DoubtCentres
 from distseg.training.feed import DistanceMaps, Feed
@@ -62,6 +61,14 @@ def open_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:
 
     Raises RunMismatchError if another run lives there, ConfigError or DataError where config and data do not fit.
     """
+    run, plan = check_run(config)
+    if run.stored() is None:
+        run.create(config, plan)
+    return run, plan
+
+
+def check_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:
+    """What `open_run` would open; writes nothing. Raises as it does."""
     require_trackers(config.logging)
     run = RunDirectory(config.run)
     stored = run.stored()
@@ -71,7 +78,6 @@ def open_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:
     parent = parent_plan(config)
     plan = make_plan(config, Cohort.open(config.cohort), parent=parent)
     make_method(config, num_classes=plan.num_classes)  # refuses what it cannot serve before a directory is made
-    run.create(config, plan)
     return run, plan
 
 
@@ -93,7 +99,7 @@ def start_session(
     optimizer = make_optimizer([*student.parameters(), *(heads.parameters() if heads else ())], config.optimizer)
     teacher = make_teacher(student)
     learner = Learner(student.train(), teacher, optimizer, FlatGradients(optimizer.param_groups[0]["params"]), heads)
-    checkpoint, branched = _where_it_left_off(config, run)
+    checkpoint, branched = where_it_left_off(config, run)
     first_step, offset = 1, 0
     if checkpoint is not None:
         take_over(learner, checkpoint, branched=branched)
@@ -203,6 +209,7 @@ def _feed(
         needs_unlabelled=method.uses_unlabelled,
         distances=DistanceMaps(plan.spacing_mm, config.method.sdf_truncation_mm) if method.needs_distances else None,
         truth_of=annotated if config.train.diagnostics else frozenset(),
+        pin=config.resources.gpus_per_worker > 0,
     )
 
 
@@ -234,56 +241,3 @@ def wants_gpu(config: TrainRunConfig) -> bool:
             fix="set resources.gpus_per_worker=0, or run where torch.cuda.is_available()",
         )
     return True
-
-
-def parent_plan(config: TrainRunConfig) -> Plan | None:
-    """The plan of the run to branch from, if its network and classes fit."""
-    if config.train.init_from is None:
-        return None
-    parent = RunDirectory(config.train.init_from).stored()
-    if parent is None:
-        raise ConfigError(
-            "no run to branch from", where="train.init_from", value=config.train.init_from, fix="train that run first"
-        )
-    if parent.config.network != config.network:
-        raise ConfigError(
-            "the run to branch from has another network",
-            where="train.init_from",
-            value=config.train.init_from,
-            rule=f"its network is {parent.config.network}",
-            fix="use the same preset and network keys",
-        )
-    classes = tuple(Cohort.open(config.cohort).class_names)
-    if parent.plan.class_names != classes:
-        raise ConfigError(
-            "the run to branch from has other classes",
-            where="train.init_from",
-            value=", ".join(parent.plan.class_names),
-            rule=f"the cohort has {', '.join(classes)}",
-        )
-    wanted = config.data.spacing_mm
-    if wanted is not None and tuple(wanted) != parent.plan.spacing_mm:
-        raise ConfigError(
-            "the run to branch from has another spacing",
-            where="data.spacing_mm",
-            value=wanted,
-            rule=f"the parent's is {list(parent.plan.spacing_mm)}",
-            fix="leave data.spacing_mm out",
-        )
-    return parent.plan
-
-
-def _where_it_left_off(config: TrainRunConfig, run: RunDirectory) -> tuple[Checkpoint | None, bool]:
-    """The checkpoint to start from and whether it is another run's (a branch), not this one's."""
-    own = load_newest(run.checkpoints)
-    if own is not None or config.train.init_from is None:
-        return own, False
-    parent = load_newest(Path(config.train.init_from) / "checkpoints")
-    if parent is None:
-        raise ConfigError(
-            "the run to branch from has no checkpoint",
-            where="train.init_from",
-            value=config.train.init_from,
-            fix="let that run reach its end first",
-        )
-    return parent, True

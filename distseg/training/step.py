@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from distseg.data.batch import Batch
 from distseg.data.keys import Purpose, torch_generators, torch_seed
@@ -72,12 +73,15 @@ def training_step(
     learner.gradients.zero()
     for slots in batch.micro_batches(s.slots_per_pass):
         with s.precision(slots.labelled_image.device):
-            targets = method.teach(teacher, slots, at, _randomness(s, Purpose.TEACHER, slots, method.teacher_passes))
-            seen = _student_pass(student, learner.heads, slots, s, method)
+            with record_function("teacher"):
+                draws = _randomness(s, Purpose.TEACHER, slots, method.teacher_passes)
+                targets = method.teach(teacher, slots, at, draws)
+            with record_function("student, forward"):
+                seen = _student_pass(student, learner.heads, slots, s, method)
 
         terms = Terms({})
         if seen.unlabelled is not None:
-            with clock.section("matching"):
+            with clock.section("matching"), record_function("matching and its losses"):
                 terms = method.terms(seen.unlabelled, targets)
             _count_foreground(logged, "foreground_unlabelled", seen.unlabelled)
         if seen.heads is not None:
@@ -85,7 +89,7 @@ def training_step(
 
         losses = {"supervised": supervised_loss(seen.labelled.logits, slots.labelled_target), **terms.losses}
         loss = sum_of(weights[name] * value.sum() for name, value in losses.items()) / s.batch_size
-        with clock.section("network"):
+        with clock.section("network"), record_function("backward"):
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
         _count_foreground(logged, "foreground_labelled", seen.labelled)
@@ -93,9 +97,11 @@ def training_step(
         _add(logged, "foreground_target/whole", _size(slots.labelled_target))
         _log(logged, losses, terms, targets.threshold_nats)
 
-    logged = learner.gradients.sum_over_ranks(communicator, logged)
+    with record_function("sum over ranks"):
+        logged = learner.gradients.sum_over_ranks(communicator, logged)
     learner.optimizer.step()
-    update_teacher(teacher, student, decay=ema_decay(at.step, s.ema_decay))
+    with record_function("moving average"):
+        update_teacher(teacher, student, decay=ema_decay(at.step, s.ema_decay))
     return logged
 
 

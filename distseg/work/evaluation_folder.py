@@ -52,7 +52,7 @@ def fill_folder(partial: Path, run: str, content: ReportContent) -> None:
         (partial / "figures" / file).write_bytes(picture.png)
     for stored in partial.glob("*.npz"):
         stored.unlink()
-    warnings = [(alarm.text, alarm.when) for alarm in sounded(rows)]
+    warnings = [(alarm.title, alarm.detail) for alarm in sounded(rows)]
     scans = [picture for _, picture in pictures]
     page = render_report(replace(content, scans=scans, curves=curves, warnings=warnings))
     (partial / "report.html").write_text(page, encoding="utf-8")

@@ -20,9 +20,9 @@ from distseg.config.schema import OBJECTIVES, TrainRunConfig, TuneConfig, TuneRu
 from distseg.config.spaces import Space, load_space
 from distseg.data.cohort import Cohort
 from distseg.errors import ConfigError, DataError, RunMismatchError
+from distseg.training.branch import parent_plan
 from distseg.training.plan import make_plan
 from distseg.training.run import write_atomic
-from distseg.training.setup import parent_plan
 from distseg.work.benchmark_checks import cohort_digest
 from distseg.work.claim import claim
 from distseg.work.tune_search import GridSearch, Search, make_search

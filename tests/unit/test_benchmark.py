@@ -26,6 +26,7 @@ from distseg.evaluation.benchmark_grids import comparison_grid, markdown, summar
 from distseg.evaluation.benchmark_tables import RunScores, comparisons_csv, make_readings, summary_csv
 from distseg.inference.model import ModelInfo, build_network, save_model
 from distseg.methods import KINDS
+from distseg.training.checkpoint import checkpoint_dir
 from distseg.training.run import RunDirectory
 from distseg.training.setup import open_run
 from distseg.work import benchmark_report
@@ -107,6 +108,7 @@ class Fakes:
 
 def save_untrained(config: TrainRunConfig) -> None:
     run, plan = open_run(config)
+    checkpoint_dir(run.checkpoints, config.train.steps).mkdir(parents=True)
     network = build_network(config.network, num_classes=plan.num_classes)
     info = ModelInfo(
         plan.class_names, plan.modality, plan.spacing_mm, (8, 8, 8), config.network, plan.intensity,

@@ -92,7 +92,7 @@ NO_COMPILER = shutil.which("g++") is None or not Path(sysconfig.get_paths()["inc
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler imports its predecessor
+@pytest.mark.filterwarnings("ignore")  # what torch warns of while it compiles is its own
 @pytest.mark.skipif(NO_COMPILER, reason="torch.compile needs a C++ compiler and Python's headers")
 @pytest.mark.parametrize("dropout", ["all", "last"])
 def test_compiled_networks_give_the_same_losses(cohort_path: str, tmp_path: Path, dropout: str) -> None:
@@ -248,3 +248,19 @@ def test_an_optimizer_keeps_its_moments_in_its_parameters_order() -> None:
             optimizer.step()
         runs.append(parameter.detach().contiguous())
     torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=1e-7)
+
+
+def test_batches_for_a_gpu_are_pinned(cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor of the batch, by the thread that cuts it; pinning itself is torch's and needs a GPU."""
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: tensor + 1 if tensor.dtype != torch.bool else ~tensor
+    )
+    settings = config(cohort_path, tmp_path / "run")
+    open_run(settings)
+    feed = loop.start_session(settings, SingleProcess()).feed
+    plain = feed.batch(1)
+    feed._pin = True
+    pinned = next(feed.ahead(1, 1))
+    for name, tensor in plain._tensors():
+        expected = tensor + 1 if tensor.dtype != torch.bool else ~tensor
+        assert torch.equal(getattr(pinned, name), expected), name

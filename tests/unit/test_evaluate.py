@@ -146,8 +146,8 @@ def test_the_report_says_what_training_warned_of(run: str, cohort: str) -> None:
     box = re.search("<aside>.*?</aside>", report.read_text(), re.DOTALL)
     assert box is not None
     assert "Warnings while it trained" in box[0]
-    assert "flood of matched labels: 90% of the voxels" in box[0]
-    assert "at 4 of 8 steps, from 4 to 7" in box[0]
+    assert "<b>Flood of matched labels</b> 90% of the voxels" in box[0]
+    assert "; at 4 of 8 steps, from 4 to 7" in box[0]
 
 
 def test_folder_of_before_is_replaced(run: str, cohort: str) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from distseg.config.compose import train_config
 from distseg.config.schema import TrainRunConfig
 from distseg.data.patches import PatchReader
+from distseg.distributed import train as on_ray
 from distseg.errors import ConfigError, DataError, NonFiniteLossError, RunMismatchError
 from distseg.inference.model import load_model
 from distseg.matching.bank import load_bank
@@ -32,6 +33,7 @@ from distseg.training import doubt, loop
 from distseg.training.alarms import Alarms, alarm_text, sounded
 from distseg.training.local import train_local
 from distseg.training.loop import TrainResult, train_rank
+from distseg.training.profile import PARTS
 from distseg.training.reduce import Communicator, FlatGradients, SingleProcess, TorchDistributed
 from distseg.training.run import RunDirectory
 from distseg.training.setup import open_run
@@ -546,19 +548,33 @@ def test_a_run_learns(cohort_path: str, tmp_path: Path) -> None:
 # Hidden truth
 
 
-def test_hidden_labels_change_nothing(cohort_path: str, poisoned_path: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"matching": "index"},
+        {"sampling__unlabelled": "doubt", "sampling__doubt_every_steps": 2, "sampling__doubt_share": 1.0},
+        {"data__labeled_patches": 30},
+    ],
+    ids=["prototypes", "bank", "doubt", "labelled patches"],
+)
+def test_hidden_labels_change_nothing(
+    cohort_path: str, poisoned_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: dict[str, Any]
+) -> None:
     """Scans c to f are unlabelled in this run. Whether their labels are true or noise, and whether diagnostics looks at
     them, the weights are the same bit for bit; only `matched_accuracy` tells."""
+    monkeypatch.setattr(doubt, "CANDIDATES", 9)
     accuracies = {}
     for cohort in (cohort_path, poisoned_path):
         for diagnostics in (False, True):
             run = tmp_path / f"{cohort == cohort_path}-{diagnostics}"
-            train(config(cohort, run, data__labeled_ids=["a", "b"], train__diagnostics=diagnostics))
+            train(config(cohort, run, data__labeled_ids=["a", "b"], train__diagnostics=diagnostics, **variant))
             rows = rows_of(run)
             assert all(("matched_accuracy" in row) == diagnostics for row in rows)
             accuracies[run.name] = [row.pop("matched_accuracy", None) for row in rows]
             stored = yaml.safe_load((run / "config.yaml").read_text())["plan"]
-            assert (stored["labelled"], stored["unlabelled"]) == (["a", "b"], ["c", "d", "e", "f", "u", "w"])
+            whole = [] if "data__labeled_patches" not in variant else ["a", "b"]  # what is left of them
+            assert (stored["labelled"], stored["unlabelled"]) == (["a", "b"], [*whole, "c", "d", "e", "f", "u", "w"])
     runs = [tmp_path / name for name in accuracies]
     for run in runs[1:]:
         for name in ("student.safetensors", "teacher.safetensors"):
@@ -718,7 +734,8 @@ def test_what_a_branch_must_share(cohort_path: str, tmp_path: Path) -> None:
     train(config(cohort_path, tmp_path / "warm", method="supervised", train__steps=1))
     init = {"train__init_from": str(tmp_path / "warm")}
     with pytest.raises(
-        ConfigError, match=r"train\.init_from: the run to branch from has another network.*base_filters=2"
+        ConfigError,
+        match=r"the run to branch from has another network.*network\.base_filters: 2 there, 3 here; use",
     ):
         open_run(config(cohort_path, tmp_path / "b", **init, network__base_filters=3))
     with pytest.raises(
@@ -742,6 +759,20 @@ def test_a_branch_needs_a_checkpoint(cohort_path: str, tmp_path: Path) -> None:
     settings = config(cohort_path, tmp_path / "branch", train__init_from=str(tmp_path / "warm"))
     with pytest.raises(ConfigError, match=r"train\.init_from: the run to branch from has no checkpoint"):
         train(settings)
+    assert not (tmp_path / "branch").exists()
+
+
+def test_bad_input_is_told_before_ray_starts(cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(**_: Any) -> None:
+        raise AssertionError("Ray was asked for")
+
+    monkeypatch.setattr(on_ray, "connect", started)
+    with pytest.raises(ConfigError, match=r"data\.labeled_scans: more labelled scans asked for than there are"):
+        on_ray.train_on_ray(config(cohort_path, tmp_path / "run", data__labeled_scans=50))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(AssertionError, match="Ray was asked for"):
+        on_ray.train_on_ray(config(cohort_path, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_run_in_the_directory_is_refused(cohort_path: str, tmp_path: Path) -> None:
@@ -849,10 +880,18 @@ def test_a_patch_that_shrinks_to_one_voxel_is_refused(cohort_path: str, tmp_path
 
 
 def test_profile_leaves_a_trace_and_a_table(cohort_path: str, tmp_path: Path) -> None:
-    train(config(cohort_path, tmp_path / "profiled", method="supervised", train__steps=7, train__profile=True))
+    train(config(cohort_path, tmp_path / "profiled", train__steps=7, train__profile=True))
     trace = json.loads((tmp_path / "profiled" / "profile" / "trace.json").read_text())
     assert any("conv" in str(event.get("name")) for event in trace["traceEvents"])
-    assert "aten::" in (tmp_path / "profiled" / "profile" / "table.txt").read_text()
+    table = (tmp_path / "profiled" / "profile" / "table.txt").read_text()
+    assert "aten::" in table
+    # The parts of a step, apart and together: all of its time.
+    shares = {
+        line[:26].strip(): float(line.split()[-1].rstrip("%")) for line in table.splitlines()[1:10] if "%" in line
+    }
+    assert list(shares) == [*PARTS.values(), "the rest", "whole"]
+    assert sum(shares.values()) == pytest.approx(200, abs=1)
+    assert min(shares.values()) >= 0
 
 
 def test_a_run_in_a_folder_with_an_interpolation_in_its_name(cohort_path: str, tmp_path: Path) -> None:
