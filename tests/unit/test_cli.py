@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from distseg import api
 from distseg.cli import main
-from distseg.config.compose import train_config, tune_config
+from distseg.config.compose import train_config, tune_config, tune_config
 from distseg.config.presets import METHODS, PRESETS
 from distseg.config.schema import PredictConfig
 from distseg.doors import VERBS, Verb, literal_override, nearest_key
@@ -200,6 +200,10 @@ GOOD = ("cohort=c", "run=r")
         (["evaluate", *GOOD, "netwrok=teacher"], ["netwrok", "did you mean network"]),
         (["evaluate", *GOOD, "overlap=2"], ["overlap", "from 0.0 to 0.9"]),
         (["cohort", "cohort=c", "action=delete"], ["action", "list, remove, repair"]),
+        (["tune", *GOOD], ["tune.space: key not given", "tune.space=..."]),
+        (["tune", *GOOD, "space=thresholds", "tune.trails=3"], ["tune.trails", "did you mean tune.trials"]),
+        (["tune", *GOOD, "space=thresholds", "tune.runner=trian"], ["did you mean tune.runner=train?"]),
+        (["tune", *GOOD, "space=thresholds", "tune.objective=val_hd"], ["tune.objective", "one of val_dice"]),
         (["demo", "labelled=20"], ["labelled", "from 1 to 16"]),
     ],
 )
@@ -222,6 +226,9 @@ def test_config_mistakes_are_one_line_and_code_2(
         (["cohort", "cohort=gone.zarr", "action=remove"], "scan: key not given"),
         (["cohort", "cohort=gone.zarr", "action=repair"], "gone.zarr"),
         (["train", "cohort=gone.zarr", "run=r", "launcher=local"], "gone.zarr"),
+        (["tune", "cohort=gone.zarr", "run=r", "space=thresholds"], "gone.zarr"),
+        (["tune", "cohort=gone.zarr", "run=r", "space=treshold"], "did you mean space=thresholds?"),
+        (["tune", "cohort=gone.zarr", "run=r", "space=gone.yaml"], "gone.yaml"),
         (["evaluate", "cohort=gone.zarr", "run=gone"], "gone"),
         (["predict", "run=gone", "input=gone.nii.gz", "output=o"], "gone"),
     ],
