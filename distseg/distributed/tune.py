@@ -13,6 +13,7 @@ import os
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,20 +74,17 @@ class RayTrials:
         ):
             if nested:
                 _check_dashboard()
+            if nested and sweep.settings.scheduler == "pbt":
+                _check_population(sweep, self._room(sweep)[0], self._resources.workers)
             yield
 
+    def _room(self, sweep: Sweep) -> tuple[int, int]:
+        return room_for_trials(_nodes(), self._resources, wanted=sweep.settings.concurrent or sweep.trials)
+
     def run(self, sweep: Sweep, trials: Trials, progress: TuneProgress) -> None:
-        room, cpus = room_for_trials(_nodes(), self._resources, wanted=sweep.settings.concurrent or sweep.trials)
+        room, cpus = self._room(sweep)
         mode = "max" if sweep.best_is_max else "min"
         nested, pbt = sweep.settings.runner == "train", sweep.settings.scheduler == "pbt"
-        if pbt and nested and room < sweep.trials:
-            raise InputError(
-                "a population that does not fit the cluster at once",
-                where="tune.trials",
-                value=sweep.trials,
-                rule=f"{room} trials of {self._resources.workers} workers fit",
-                fix="set tune.runner=inline, or lower tune.trials",
-            )
         share = {"CPU": float(cpus), "GPU": self._resources.gpus_per_worker}
         space: dict[str, Any] = {}
         if pbt:  # Ray allows it no searcher: the population is known from the start
@@ -112,7 +110,9 @@ class RayTrials:
                 failure_config=ray.tune.FailureConfig(max_failures=MAX_DEATHS),
             ),
         )
-        tuner.fit()
+        with warnings.catch_warnings():  # it advises what a function cannot do
+            warnings.filterwarnings("ignore", "Consider boosting PBT", UserWarning)
+            tuner.fit()
         left = [trial.name for trial in trials.by_name.values() if trial.state == OPEN]
         if left:
             raise DistsegError(f"Ray Tune ended with trials unfinished: {', '.join(left)}; the same command goes on")
@@ -139,6 +139,18 @@ def room_for_trials(nodes: list[Mapping[str, float]], resources: ResourcesConfig
 
 def _nodes() -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray's
+
+
+def _check_population(sweep: Sweep, room: int, workers: int) -> None:
+    """PBT pauses trials to let others in, which for a Ray Train run is a start of its own each time."""
+    if room < sweep.trials:
+        raise InputError(
+            "a population that does not fit the cluster at once",
+            where="tune.trials",
+            value=sweep.trials,
+            rule=f"{room} trials of {workers} workers fit",
+            fix="set tune.runner=inline, or lower tune.trials",
+        )
 
 
 def _check_dashboard() -> None:

@@ -8,10 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from distseg.config.schema import ResourcesConfig, TrainConfig, TrainRunConfig, TuneConfig
+from distseg.config.spaces import load_space
+from distseg.distributed.cluster import check_resources
+from distseg.distributed.tune import _scheduler, room_for_trials
+from distseg.errors import InputError
 from distseg.inference.model import load_model
+from distseg.work.tune_sweep import Sweep
+from distseg.work.tune_trials import Trial
 from tests.unit.tiny_cohort import make_cohort
 
 KEYS = (
@@ -62,3 +71,62 @@ def test_a_killed_driver_and_the_same_command_again(tmp_path: Path) -> None:
     assert len({row.split(",")[0] for row in rows}) == len(rows) == 4
     for name, written in kept.items():
         assert (run / "trials" / name / "model" / "model.json").stat().st_mtime_ns == written
+
+
+# --- what needs no Ray that runs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "gpus", "wanted", "room"),
+    [
+        ([{"CPU": 2}], 1, 0, 16, (2, 1)),
+        ([{"CPU": 2}], 2, 0, 16, (1, 1)),
+        ([{"CPU": 64}], 1, 0, 4, (4, 16)),
+        ([{"CPU": 3}, {"CPU": 3}], 1, 0, 3, (3, 1)),  # two CPUs each would fit two, one on either node
+        ([{"CPU": 3}, {"CPU": 3}], 1, 0, 2, (2, 3)),
+        ([{"CPU": 16, "GPU": 2}, {"CPU": 16}], 1, 1.0, 16, (2, 8)),
+        ([{"CPU": 16, "GPU": 1}], 1, 0.25, 16, (4, 4)),
+        ([{"CPU": 16, "GPU": 4}], 2, 1.0, 16, (2, 4)),
+    ],
+)
+def test_as_many_trials_as_fit_share_all_cpus(
+    nodes: list[dict[str, float]], workers: int, gpus: float, wanted: int, room: tuple[int, int]
+) -> None:
+    assert room_for_trials(nodes, ResourcesConfig(workers=workers, gpus_per_worker=gpus), wanted=wanted) == room
+
+
+def test_more_gpus_than_the_cluster_has_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    with pytest.raises(InputError, match=r"resources\.workers: more workers than the cluster has GPUs for .*= 1\)"):
+        check_resources(workers=1, gpus_per_worker=1.0)
+
+
+def test_asha_goes_on_as_if_there_had_been_one_session(tmp_path: Path) -> None:
+    """Ray loses ASHA's rungs; ours are filled again from the journal, so the same trials are stopped."""
+    sweep, values = _sweep(tmp_path, steps=9, looks=9, reduction=3), [0.5, 0.2, 0.6, 0.55, 0.1, 0.58, 0.61, 0.4]
+    looks = [{step: value * (1 + step / 100) for step in range(1, 9)} for value in values]
+    whole = _scheduler(sweep, SimpleNamespace(ended=[]), "max")
+    stopped_at = [_stopped_at(whole, f"t{n}", look) for n, look in enumerate(looks)]
+    assert len(set(stopped_at)) == 3  # at the first rung, at the second, not at all
+    half = [
+        Trial(f"t{n}", {}, f"t{n}", looks={s: v for s, v in look.items() if s <= (stopped_at[n] or 9)})
+        for n, look in enumerate(looks[:4])
+    ]
+    resumed = _scheduler(sweep, SimpleNamespace(ended=half), "max")
+    assert [_stopped_at(resumed, f"t{n}", looks[n]) for n in range(4, 8)] == stopped_at[4:]
+
+
+def _sweep(run: Path, **settings: int) -> Sweep:
+    steps = settings.pop("steps")
+    base = TrainRunConfig(cohort="c", run="", train=TrainConfig(steps=steps, validate_every_steps=1))
+    tune = TuneConfig(space="s", scheduler="asha", trials=8, runner="inline", **settings)
+    return Sweep(run, load_space("thresholds"), base, tune, None)
+
+
+def _stopped_at(scheduler: Any, name: str, looks: dict[int, float]) -> int | None:
+    trial = SimpleNamespace(trial_id=name)
+    scheduler.on_trial_add(None, trial)
+    for step, value in looks.items():
+        if scheduler.on_trial_result(None, trial, {"step": step, "val_dice": value}) == "STOP":
+            return step
+    return None
