@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from distseg.cli import main
 from distseg.config.schema import LabelSectionConfig
 from distseg.data.cohort import Cohort
 from distseg.data.nifti import read_nifti
@@ -288,3 +289,17 @@ def test_a_damaged_ledger_is_said(run: str, cohort_path: str, tmp_path: Path) ->
     (tmp_path / "o/ledger.jsonl").write_text(json.dumps({"format": 99}) + "\n")
     with pytest.raises(DataError, match="no output of distseg label"):
         label(run, cohort_path, tmp_path / "o")
+
+
+def test_predict_by_label_is_label_on_one_file(undisturbed: Path, run: str, cohort_path: str, tmp_path: Path) -> None:
+    """And its masks are kept apart from the network's: another way of making them is another mask."""
+    image = Path(cohort_path).parent / "source/imagesTr/a_0000.nii.gz"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.nii.gz").write_bytes(image.read_bytes())
+    keys = [f"run={run}", f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "logging.progress=false"]
+    assert main(["predict", *keys, "by=label", "label.overlap=0.25"]) == 0
+    assert (tmp_path / "out/a.nii.gz").read_bytes() == (undisturbed / "masks/a.nii.gz").read_bytes()
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [".distseg.json", "a.nii.gz"]
+    assert main(["predict", *keys, "by=label", "label.overlap=0.25"]) == 0  # kept
+    for other in (["by=label", "label.overlap=0.25", "label.threshold=0.3"], ["network=teacher", "overlap=0.25"]):
+        assert main(["predict", *keys, *other]) == 2
