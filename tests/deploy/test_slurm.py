@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SBATCH = ROOT / "deploy" / "slurm" / "distseg.sbatch"
+WIRE = "wire0"
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ def hosts() -> Iterator[Hosts]:
     except subprocess.CalledProcessError as error:
         pytest.skip(f"this machine makes no network namespaces: {error.stderr.decode().strip()}")
     try:
-        ip("link", "add", f"v{names[0]}", "netns", names[0], "type", "veth", "peer", f"v{names[1]}", "netns", names[1])
+        ip("link", "add", WIRE, "netns", names[0], "type", "veth", "peer", WIRE, "netns", names[1])
         for name, address in zip(names, addresses, strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", f"v{name}")
-            ip("-n", name, "link", "set", f"v{name}", "up")
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", WIRE)
+            ip("-n", name, "link", "set", WIRE, "up")
             ip("-n", name, "link", "set", "lo", "up")
         yield Hosts(names, addresses)
     finally:
@@ -52,12 +53,12 @@ def hosts() -> Iterator[Hosts]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True, timeout=30)
 
 
-def stand_ins(folder: Path, hosts: Hosts) -> None:
-    """scontrol lists the hosts; srun runs its command in the namespace of --nodelist."""
+def stand_ins(folder: Path, hosts: Hosts, listed: tuple[str, ...]) -> None:
+    """scontrol lists hosts; srun runs its command in the namespace of --nodelist."""
     folder.mkdir()
     cases = "\n".join(f"    {a}) space={n} ;;" for n, a in zip(hosts.names, hosts.addresses, strict=True))
     scripts = {
-        "scontrol": f"#!/bin/sh\nprintf '%s\\n' {' '.join(hosts.addresses)}\n",
+        "scontrol": f"#!/bin/sh\nprintf '%s\\n' {' '.join(listed)}\n",
         "srun": f"""#!/bin/sh
 while [ "${{1#--}}" != "$1" ]; do
     case $1 in --nodelist=*) host=${{1#--nodelist=}} ;; esac
@@ -75,9 +76,11 @@ exec ip netns exec "$space" "$@"
         (folder / name).chmod(0o755)
 
 
-def sbatch(hosts: Hosts, tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def sbatch(
+    hosts: Hosts, tmp_path: Path, *words: str, listed: tuple[str, ...] | None = None
+) -> subprocess.CompletedProcess[str]:
     """What Slurm would run on the first node."""
-    stand_ins(tmp_path / "bin", hosts)
+    stand_ins(tmp_path / "bin", hosts, listed or hosts.addresses)
     (tmp_path / "storage").mkdir()
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
@@ -89,6 +92,7 @@ def sbatch(hosts: Hosts, tmp_path: Path, *words: str) -> subprocess.CompletedPro
         "SLURM_CPUS_PER_TASK": "1",
         "DISTSEG_STORAGE": str(tmp_path / "storage"),
         "HOME": str(tmp_path),
+        "GLOO_SOCKET_IFNAME": WIRE,  # namespaces share one host name, which is the loopback's
     }
     command = ["ip", "netns", "exec", hosts.names[0], "bash", str(SBATCH), *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=420, check=False)
@@ -115,8 +119,7 @@ def test_a_ray_cluster_forms_and_the_command_runs_on_it(hosts: Hosts, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_head_that_does_not_start_ends_the_job(hosts: Hosts, tmp_path: Path) -> None:
-    broken = Hosts(hosts.names, ("192.0.2.1", hosts.addresses[1]))  # an address that no interface has
-    done = sbatch(broken, tmp_path, "doctor")
+    done = sbatch(hosts, tmp_path, "doctor", listed=("192.0.2.1", hosts.addresses[1]))  # srun knows no such host
     assert done.returncode == 1
     assert "the head on 192.0.2.1 did not start" in done.stderr
 
