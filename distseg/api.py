@@ -154,6 +154,7 @@ def train(
 def train_from_config(config: TrainRunConfig) -> TrainResult | DryRun:
     config = _absolute(config, "cohort", "run")
     config.train = _absolute(config.train, "init_from")
+    config.data = _absolute(config.data, "pseudo_labels")
     if config.dry_run:
         return _dry_run(config)
     if config.launcher == "local":

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from distseg.config.schema import LabelRuleConfig
 from distseg.data.formats import ImageSource
+from distseg.data.label_output import KINDS
 from distseg.data.nifti import write_nifti
 from distseg.data.plane_spool import PlaneSpool
 from distseg.errors import DataError, InputError
@@ -31,7 +32,6 @@ from distseg.inference.whole_scan import ScanIntensity, cached_model, model_fing
 from distseg.work.executor import Executor, available_cores
 from distseg.work.label_sources import OpenScan
 from distseg.work.label_task import label_open_scan, rule_of
-from distseg.work.ledger import KINDS
 from distseg.work.predict_inputs import Input, find_inputs, is_nifti
 
 RECORD = ".distseg.json"

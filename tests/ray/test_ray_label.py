@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import ray
 
+from distseg.data.label_output import KINDS, ledger_path, read_ledger
 from distseg.distributed.actor_pool import ActorPool
-from distseg.work.ledger import KINDS, ledger_path, read_ledger
 from tests.unit import tiny_cohort
 from tests.unit.test_label_cohort import ALL, contents, label
 from tests.unit.tiny_run import make_run

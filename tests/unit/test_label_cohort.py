@@ -16,10 +16,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from distseg.cli import main
 from distseg.config.schema import LabelConfig, LabelSectionConfig
 from distseg.data.cohort import Cohort
+from distseg.data.label_output import KINDS, ledger_path, read_identity, read_ledger
 from distseg.data.nifti import read_nifti
 from distseg.errors import DataError, InputError, RunMismatchError
 from distseg.inference import whole_scan
@@ -28,7 +30,7 @@ from distseg.work.executor import STOPPING, LocalExecutor
 from distseg.work.label_cohort import LabelReport, label_cohort
 from distseg.work.label_estimate import LabelEstimate, estimate_label
 from distseg.work.label_task import Labelled, LabelTask, label_one
-from distseg.work.ledger import KINDS, Ledger, ledger_path, read_identity, read_ledger
+from distseg.work.ledger import Ledger
 from tests.unit import dicom_writer
 from tests.unit.tiny_run import CLASS_NAMES, make_run
 
@@ -42,10 +44,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _forget_models() -> Iterator[None]:
+def _no_model_kept_and_one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     whole_scan.cached_model.cache_clear()
     yield
     whole_scan.cached_model.cache_clear()
+    torch.set_num_threads(before)
 
 
 def label(run: str, cohort: str, output: Path, settings: LabelSectionConfig = SETTINGS, **more: Any) -> LabelReport:
