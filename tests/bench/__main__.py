@@ -7,8 +7,12 @@ import importlib
 import json
 from pathlib import Path
 
-BENCHMARKS = ("step", "step_growth", "methods", "index", "embeddings", "bank", "scaling")
-OPTIONS = {"index": ("large",), "embeddings": ("trained", "cohort")}  # which of the arguments a benchmark takes
+BENCHMARKS = ("step", "step_growth", "methods", "index", "embeddings", "bank", "scaling", "label", "label_ledger")
+OPTIONS = {
+    "index": ("large",),
+    "embeddings": ("trained", "cohort"),
+    "label": ("trained", "cohort"),
+}  # which of the arguments a benchmark takes
 
 
 def main() -> None:
@@ -16,8 +20,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; all if none is named")
     parser.add_argument("--json", type=Path, help="write every key here, flat")
     parser.add_argument("--large", action="store_true", help="index: 10 million references too, minutes and 6 GB")
-    parser.add_argument("--trained", metavar="RUN", help="embeddings: the run whose model embeds; without one, skipped")
-    parser.add_argument("--cohort", help="embeddings: the cohort it trained on")
+    parser.add_argument(
+        "--trained", metavar="RUN", help="embeddings, label: the run whose model works; without, skipped / untrained"
+    )
+    parser.add_argument("--cohort", help="embeddings: the cohort it trained on; label: any of its kind")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(BENCHMARKS))
     if unknown:

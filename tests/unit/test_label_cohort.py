@@ -43,14 +43,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_run(tmp_path_factory.mktemp("run"))
 
 
-@pytest.fixture(autouse=True)
-def _no_model_kept_and_one_thread() -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _forget_models() -> Iterator[None]:
     whole_scan.cached_model.cache_clear()
     yield
     whole_scan.cached_model.cache_clear()
-    torch.set_num_threads(before)
 
 
 def label(run: str, cohort: str, output: Path, settings: LabelSectionConfig = SETTINGS, **more: Any) -> LabelReport:
