@@ -24,6 +24,7 @@ from distseg.config.schema import (
     IngestConfig,
     IngestDataConfig,
     LabelConfig,
+    LabelRuleConfig,
     LabelSectionConfig,
     PredictConfig,
     ResourcesConfig,
@@ -153,6 +154,7 @@ def train(
 def train_from_config(config: TrainRunConfig) -> TrainResult | DryRun:
     config = _absolute(config, "cohort", "run")
     config.train = _absolute(config.train, "init_from")
+    config.data = _absolute(config.data, "pseudo_labels")
     if config.dry_run:
         return _dry_run(config)
     if config.launcher == "local":
@@ -212,15 +214,18 @@ def predict(
     run: str | os.PathLike[str],
     input: str | os.PathLike[str],
     output: str | os.PathLike[str],
+    by: Literal["network", "label"] | None = None,
     network: Literal["student", "teacher"] | None = None,
     overlap: float | None = None,
+    label: LabelRuleConfig | None = None,
     launcher: Launcher | None = None,
     workers: int | None = None,
     progress: bool | None = None,
 ) -> PredictReport:
     """Segment one file, a folder of NIfTI or the DICOM series below a folder; each mask lies in its input's own grid.
 
-    Raises FinishedWithFailures with the files that could not be segmented; the other masks are written.
+    `by="label"` gives what `distseg label` would, by the rule `label`, in place of the network's argmax. Raises
+    FinishedWithFailures with the files that could not be segmented; the other masks are written.
     """
     return predict_from_config(_config(PredictConfig, locals()))
 
@@ -236,6 +241,7 @@ def predict_from_config(config: PredictConfig) -> PredictReport:
             output=config.output,
             network=config.network,
             overlap=config.overlap,
+            label=config.label if config.by == "label" else None,
             executor=executor,
             progress=config.logging.progress,
         )

@@ -18,7 +18,8 @@ from distseg.errors import ConfigError, InputError
 # Values that are paths or ids: taken as typed, never parsed as numbers, lists, sweeps or interpolations.
 VERBATIM_KEYS = frozenset(
     (
-        "cohort", "run", "source", "input", "output", "train.init_from", "scan", "name",
+        "cohort", "run", "source", "input", "output", "train.init_from", "data.pseudo_labels",
+        "scan", "name",
         "suite", "phase_a_from", "storage", "tune.space", "logging.mlflow", "logging.wandb",
     )
 )  # fmt: skip

@@ -29,6 +29,9 @@ class DataConfig:
     labeled_patches: int | None = None  # of the labelled scans, patches of a lattice that are labelled; None: all of it
     subset_seed: int = 0
     mirror_pairs: list[list[str]] | None = None  # classes that swap under a left-right flip
+    pseudo_labels: str | None = None  # output of distseg label, whose masks of unlabelled training scans train too
+    pseudo_confidence: float = 0.25  # their voxels below it, of trust/, are ignored: 0 takes all, 1 almost none
+    pseudo_share: float = 0.5  # of the labelled patches that come from them
     memory_gib: float = 4.0  # training volumes kept in RAM, a worker; the rest is read patch by patch
 
     def __post_init__(self) -> None:
@@ -45,6 +48,8 @@ class DataConfig:
         if self.labeled_patches is not None:
             at_least("data.labeled_patches", self.labeled_patches, 1)
         at_least("data.subset_seed", self.subset_seed, 0)
+        between("data.pseudo_confidence", self.pseudo_confidence, 0.0, 1.0)
+        between("data.pseudo_share", self.pseudo_share, 0.0, 1.0)
         between("data.memory_gib", self.memory_gib, 0.0, 1e5)
 
 

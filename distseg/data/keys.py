@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     NEXT_TO_LABEL = 24
     TRIAL = 25
     PERTURB = 26
+    PSEUDO_VOXELS = 27
 
 
 def _sequence(seed: int, purpose: Purpose, counters: tuple[int, ...]) -> np.random.SeedSequence:

@@ -17,6 +17,7 @@ from distseg.data.augment import Augmentation, FloatArray, LabelArray
 from distseg.data.keys import Purpose, generator
 from distseg.data.lattice import LabelledPatches
 from distseg.data.patches import PatchReader
+from distseg.data.pseudo_labels import PseudoLabels
 
 IntArray = npt.NDArray[np.int32]
 Centre = tuple[str, tuple[int, int, int]]  # scan id, voxel on the run's grid
@@ -28,6 +29,7 @@ class Patch:
     start: tuple[int, int, int]
     image: FloatArray  # [Z, Y, X]
     label: LabelArray | None
+    pseudo: bool = False  # the label was made by a model, and is IGNORE where that was unsure
 
 
 class SlotSampler:
@@ -36,6 +38,7 @@ class SlotSampler:
     Args:
         labelled, unlabelled: scan ids, in an order that is the same on every rank.
         patches: where labels may be looked at, if not in all of the labelled scans.
+        pseudo: labels that a model made of unlabelled scans; `pseudo_share` of the labelled patches are theirs.
         doubt: the list of centres that serves a step, of which `doubt_share` of the unlabelled patches are drawn.
         purpose: what the labelled patches are for; another one draws others.
     """
@@ -51,6 +54,8 @@ class SlotSampler:
         augmentation: Augmentation,
         seed: int,
         patches: LabelledPatches | None = None,
+        pseudo: PseudoLabels | None = None,
+        pseudo_share: float = 0.0,
         doubt_share: float = 0.0,
         doubt: Callable[[int], Sequence[Centre]] | None = None,
         purpose: Purpose = Purpose.LABELLED_PATCH,
@@ -59,29 +64,45 @@ class SlotSampler:
         self._reader, self._size = reader, tuple(int(n) for n in patch_zyx)
         self._foreground_share, self._augmentation = foreground_share, augmentation
         self._patches, self._doubt_share, self._doubt, self._purpose = patches, doubt_share, doubt, purpose
+        self._pseudo, self._pseudo_share = pseudo, pseudo_share
 
     def labelled_patch(self, step: int, slot: int) -> Patch:
         rng = generator(self.seed, self._purpose, step, slot)
+        if self._pseudo is not None and rng.random() < self._pseudo_share:
+            return self._pseudo_patch(self._pseudo, rng)
         if self._patches is not None:
             scan_id, start = self._patches.draw(rng, foreground_share=self._foreground_share)
             return self._cut(scan_id, start, rng, with_label=True)
         scan_id = self.labelled[int(rng.integers(len(self.labelled)))]
         placement = self._reader.placement(scan_id)
         on_foreground = bool(rng.random() < self._foreground_share) and bool(placement.foreground)
-        start = self._around_foreground(scan_id, rng) if on_foreground else self._centred(placement.body, rng)
+        start = self._around(placement.foreground, rng) if on_foreground else self._centred(placement.body, rng)
         return self._cut(scan_id, start, rng, with_label=True)
 
+    def _pseudo_patch(self, pseudo: PseudoLabels, rng: np.random.Generator) -> Patch:
+        scan_id = pseudo.scans[int(rng.integers(len(pseudo.scans)))]
+        on_foreground = bool(rng.random() < self._foreground_share)
+        foreground = pseudo.foreground(scan_id) if on_foreground else {}
+        body = self._reader.placement(scan_id).body
+        start = self._around(foreground, rng) if foreground else self._centred(body, rng)
+        image, label = self._reader.image(scan_id, start, self._size), pseudo.label(scan_id, start, self._size)
+        image, turned = self._augmentation(image, label, rng)
+        return Patch(scan_id, start, image, turned, pseudo=True)
+
     def reference_patch(self, labelled: Patch, step: int, slot: int) -> Patch | None:
-        """A patch of the labelled patch's scan that contains foreground; None if the scan has none."""
-        if self._patches is not None:
-            rng = generator(self.seed, Purpose.REFERENCE_PATCH, step, slot)
-            place = self._patches.with_foreground(labelled.scan_id, rng)
-            return None if place is None else self._cut(*place, rng, with_label=True)
-        if not self._reader.placement(labelled.scan_id).foreground:
-            return None
+        """A patch of the labelled patch's scan that contains foreground; None if the scan has none. References are
+        labelled voxels: for a pseudo-labelled patch they come from a labelled scan."""
         rng = generator(self.seed, Purpose.REFERENCE_PATCH, step, slot)
-        start = self._around_foreground(labelled.scan_id, rng)
-        return self._cut(labelled.scan_id, start, rng, with_label=True)
+        scan_id = labelled.scan_id
+        if labelled.pseudo:
+            scan_id = self.labelled[int(rng.integers(len(self.labelled)))]
+        if self._patches is not None:
+            place = self._patches.with_foreground(scan_id, rng)
+            return None if place is None else self._cut(*place, rng, with_label=True)
+        foreground = self._reader.placement(scan_id).foreground
+        if not foreground:
+            return None
+        return self._cut(scan_id, self._around(foreground, rng), rng, with_label=True)
 
     def unlabelled_patch(self, step: int, slot: int, *, with_label: bool = False) -> Patch:
         """`with_label` opens hidden truth: for diagnostics, never for training."""
@@ -98,9 +119,8 @@ class SlotSampler:
         centre = centres[int(rng.integers(len(centres)))]
         return _start(centre, self._size)
 
-    def _around_foreground(self, scan_id: str, rng: np.random.Generator) -> tuple[int, int, int]:
+    def _around(self, foreground: Mapping[str, IntArray], rng: np.random.Generator) -> tuple[int, int, int]:
         """A patch that contains a foreground voxel somewhere in its middle half, so objects are seen off-centre."""
-        foreground: Mapping[str, IntArray] = self._reader.placement(scan_id).foreground
         names = sorted(foreground)
         voxels = foreground[names[int(rng.integers(len(names)))]]
         centre = voxels[int(rng.integers(len(voxels)))]

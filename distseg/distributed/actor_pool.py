@@ -33,6 +33,7 @@ class _Worker:
 @dataclass(eq=False)
 class _Actor:
     handle: Any
+    started: Any  # Ray's reference, there once the actor is
     ready: bool = False
     in_flight: dict[Any, _Work] = field(default_factory=dict)
 
@@ -59,6 +60,7 @@ class ActorPool:
         self._share = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor}
         self._at_once = at_once
         self._connection: Connection | None = None
+        self._actors: list[_Actor] = []  # from one `map` to the next: what they hold was costly to load
 
     def map(
         self, fn: Callable[[Item], Value], items: Iterable[Item], *, key: Callable[[Item], str] = str
@@ -67,13 +69,18 @@ class ActorPool:
             self._connection = connect(
                 workers=self.workers, cpus_per_worker=self._share["num_cpus"], gpus_per_worker=self._share["num_gpus"]
             )
-        run = _Run(self._new_actor, self.workers, self._at_once, fn, iter(items), key)
+        while len(self._actors) < self.workers:
+            self._actors.append(self._new_actor())
+        run = _Run(self._new_actor, self._actors, self._at_once, fn, iter(items), key)
         try:
             yield from run.outcomes()
         finally:
-            run.close()
+            run.leave()
 
     def close(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor.handle)
+        self._actors.clear()
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -81,7 +88,8 @@ class ActorPool:
     def _new_actor(self) -> _Actor:
         kind: Any = ray.remote(_Worker)
         options = {**self._share, "max_concurrency": self._at_once, "max_restarts": 0}
-        return _Actor(kind.options(**options).remote())
+        handle = kind.options(**options).remote()
+        return _Actor(handle, handle.started.remote())
 
 
 class _Run:
@@ -90,7 +98,7 @@ class _Run:
     def __init__(
         self,
         new_actor: Callable[[], _Actor],
-        workers: int,
+        actors: list[_Actor],
         at_once: int,
         fn: Callable[[Any], Any],
         items: Iterator[Any],
@@ -102,9 +110,8 @@ class _Run:
         self._waiting: dict[Any, _Actor] = {}  # Ray's reference -> the actor that owes its result
         self._failed_starts = 0
         self._exhausted = False
-        self._actors: list[_Actor] = []
-        for _ in range(workers):
-            self._start()
+        self._actors = actors  # the pool's own list
+        self._waiting.update({actor.started: actor for actor in actors if not actor.ready})
 
     def outcomes(self) -> Iterator[Outcome[Any]]:
         while True:
@@ -115,14 +122,16 @@ class _Run:
             (done,), _ = ray.wait(list(self._waiting), num_returns=1)
             yield from self._take(done)
 
-    def close(self) -> None:
-        for actor in self._actors:
+    def leave(self) -> None:
+        """An actor that still works on something, as the caller stopped early, is ended."""
+        for actor in [actor for actor in self._actors if actor.in_flight]:
+            self._actors.remove(actor)
             ray.kill(actor.handle)
 
     def _start(self) -> None:
         actor = self._new_actor()
         self._actors.append(actor)
-        self._waiting[actor.handle.started.remote()] = actor
+        self._waiting[actor.started] = actor
 
     def _fill(self, actor: _Actor) -> None:
         """Give a ready actor what it can hold; an item that an actor died with gets one that holds nothing else."""

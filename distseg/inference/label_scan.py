@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distseg.data.label_output import CODE_STEP, CONFIDENCE_STEPS
 from distseg.inference.output_planes import OutputPlanes
 from distseg.inference.rolling import Rolling
 from distseg.inference.scan_facts import FactsOfPlanes, ScanFacts
@@ -38,8 +39,6 @@ from distseg.networks.unet import UNet3D
 
 QUERIES_A_CALL = 16_384
 SURVEY_WINDOWS = 32  # whose entropies give a scan's quantile
-CONFIDENCE_STEPS = 63  # the largest confidence of a trust map
-CODE_STEP = 64
 
 Plane = npt.NDArray[np.uint8]
 Sink = Callable[[int, Plane, Plane], None]  # output plane's number, mask [Y, X], trust [Y, X]; in ascending order

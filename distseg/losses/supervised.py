@@ -10,20 +10,22 @@ from torch import Tensor
 from torch.nn import functional
 
 DICE_SMOOTHING = 1e-5
+IGNORE = 255  # target of a voxel whose class is not known well enough: no part of either term
 
 
 def supervised_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy + (1 - Dice), [B].
+    """Cross-entropy + (1 - Dice), [B], over the voxels whose target is not IGNORE.
 
     Dice is the mean over foreground classes c of 2 sum(p_c y_c) / (sum(p_c^2) + sum(y_c)), sums over the slot's
     voxels; a class absent from both costs nothing.
 
     Args:
         logits: [B, K, Z, Y, X].
-        target: int64 [B, Z, Y, X].
+        target: int64 [B, Z, Y, X], classes or IGNORE.
     """
     log_p = torch.log_softmax(logits, dim=1)  # once for both
-    cross_entropy = functional.nll_loss(log_p, target, reduction="none").flatten(1).mean(1)
+    voxelwise = functional.nll_loss(log_p, target, reduction="none", ignore_index=IGNORE).flatten(1)  # ignored: 0
+    cross_entropy = voxelwise.sum(1) / (target != IGNORE).flatten(1).sum(1).clamp_min(1)
     return cross_entropy + _one_minus_dice(log_p, target)
 
 
@@ -33,7 +35,8 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _one_minus_dice(log_p: Tensor, target: Tensor) -> Tensor:
-    foreground = log_p[:, 1:].flatten(2).exp()  # [B, K-1, V]
+    known = (target != IGNORE).flatten(1)[:, None].to(log_p.dtype)  # [B, 1, V]
+    foreground = log_p[:, 1:].flatten(2).exp() * known  # [B, K-1, V]
     classes = torch.arange(1, log_p.shape[1], device=target.device)[None, :, None]
     truth = (target.flatten(1)[:, None] == classes).to(foreground.dtype)  # [B, K-1, V]
     overlap = (foreground * truth).sum(-1)

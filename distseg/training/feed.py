@@ -106,10 +106,12 @@ class Feed:
 
     def _draw(self, labelled: Patch, step: int, slot: int) -> tuple[Patch, IntArray, BoolArray]:
         """References from the labelled patch; where it has no surface, maybe from a patch of its scan that has one."""
+        width = 1 if self._references is None else self._references.k * self._references.draws
+        nothing = np.zeros((self._num_classes, width), np.int64), np.zeros(self._num_classes, np.bool_)
         if self._references is None:
-            return labelled, np.zeros((self._num_classes, 1), np.int64), np.zeros(self._num_classes, np.bool_)
-        index, present = self._surface_references(labelled, step, slot)
-        if not has_surface(present) and self._references.without_surface == "scan":
+            return labelled, *nothing
+        index, present = nothing if labelled.pseudo else self._surface_references(labelled, step, slot)
+        if labelled.pseudo or (not has_surface(present) and self._references.without_surface == "scan"):
             other = self._sampler.reference_patch(labelled, step, slot)
             if other is not None:
                 return other, *self._surface_references(other, step, slot)

@@ -20,6 +20,7 @@ from distseg.data.keys import Purpose, generator
 from distseg.data.lattice import Place
 from distseg.errors import ConfigError, DataError
 from distseg.training.partial_labels import PartialLabels, partial_labels
+from distseg.training.pseudo_labels import find_pseudo_labels
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Plan:
     flip_axes: tuple[int, ...]
     swap: tuple[tuple[int, int], ...]
     patches: tuple[Place, ...] = ()  # where the labelled scans are labelled; empty: everywhere
+    pseudo: tuple[str, ...] = ()  # unlabelled scans whose pseudo-labels train too
+    pseudo_model: str = ""  # fingerprint of the model that made them
     notes: tuple[str, ...] = ()
 
     @property
@@ -83,6 +86,7 @@ def make_plan(config: TrainRunConfig, cohort: Cohort, *, parent: Plan | None = N
     flip_axes, swap, flip_note = _flips(config, cohort.class_names)
     spacing = parent.spacing_mm if parent else _spacing(config, cohort, labelled)
     partial = partial_labels(config, cohort, labelled, spacing)
+    pseudo = find_pseudo_labels(config, cohort, unlabelled)
     plan = Plan(
         class_names=tuple(cohort.class_names),
         modality=cohort.modality,
@@ -94,7 +98,10 @@ def make_plan(config: TrainRunConfig, cohort: Cohort, *, parent: Plan | None = N
         flip_axes=flip_axes,
         swap=swap,
         patches=partial.places if partial else (),
+        pseudo=pseudo.scans,
+        pseudo_model=pseudo.model,
     )
+    notes += pseudo.notes
     notes += [flip_note] if flip_note else []
     notes += _patch_notes(config, cohort, plan)
     return dataclasses.replace(plan, notes=tuple(notes))

@@ -26,6 +26,7 @@ from distseg.training.feed import DistanceMaps, Feed
 from distseg.training.optimizer import make_optimizer
 from distseg.training.plan import Plan, make_plan
 from distseg.training.precision import resolved_precision
+from distseg.training.pseudo_labels import open_pseudo_labels
 from distseg.training.reduce import Communicator, FlatGradients
 from distseg.training.run import RunDirectory
 from distseg.training.start import new_networks, take_over
@@ -152,7 +153,7 @@ def start_session(
         learner=learner,
         method=method,
         reader=reader,
-        feed=_feed(config, plan, cohort, reader, method, communicator, doubt),
+        feed=_feed(config, plan, cohort, reader, method, communicator, doubt, run),
         doubt=doubt,
         banks=banks,
         references=builder if config.method.name == "embedding_matching" else None,
@@ -184,6 +185,7 @@ def _feed(
     method: Method,
     communicator: Communicator,
     doubt: DoubtCentres | None,
+    run: RunDirectory,
 ) -> Feed:
     size = config.sampling.patch_zyx
     sampler = SlotSampler(
@@ -195,6 +197,8 @@ def _feed(
         foreground_share=config.sampling.foreground_share,
         augmentation=plan.augmentation(config),
         seed=config.seed,
+        pseudo=open_pseudo_labels(config, plan, cohort, reader, run),
+        pseudo_share=config.data.pseudo_share,
         doubt_share=config.sampling.doubt_share,
         doubt=doubt,
     )

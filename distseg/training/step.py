@@ -18,7 +18,7 @@ from torch.profiler import record_function
 
 from distseg.data.batch import Batch
 from distseg.data.keys import Purpose, torch_generators, torch_seed
-from distseg.losses.supervised import supervised_loss
+from distseg.losses.supervised import IGNORE, supervised_loss
 from distseg.methods.base import At, Method, StudentPass, Terms
 from distseg.networks.best_class import best_class
 from distseg.networks.dropout import keyed
@@ -93,8 +93,9 @@ def training_step(
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
         _count_foreground(logged, "foreground_labelled", seen.labelled)
-        _add(logged, "foreground_target/part", (slots.labelled_target > 0).sum())
-        _add(logged, "foreground_target/whole", _size(slots.labelled_target))
+        known = slots.labelled_target != IGNORE
+        _add(logged, "foreground_target/part", ((slots.labelled_target > 0) & known).sum())
+        _add(logged, "foreground_target/whole", known.sum())
         _log(logged, losses, terms, targets.threshold_nats)
 
     with record_function("sum over ranks"):

@@ -4,6 +4,7 @@
     OUT/trust/ID.nii.gz     uint8 = 64 x code + confidence 0..63; codes in inference/label_scan.py
     OUT/scans.csv  review.html  next_to_label.csv    see label_review.py
     OUT/ledger.jsonl  owner.json  .staging/          see ledger.py and owner.py
+    OUT/dicom.salt          of a DICOM folder: the key that its scans' ids are hashed with
 
 The same command again goes on where it stands, whatever killed it. A scan that fails is tried again after the others,
 then set aside with its reason; the next call tries it anew.
@@ -23,6 +24,7 @@ from distseg.errors import InputError
 from distseg.inference.label_scan import LabelRule
 from distseg.inference.model import Model
 from distseg.inference.whole_scan import cached_model, model_fingerprint
+from distseg.work.cohort_salt import cohort_salt
 from distseg.work.executor import Executor, available_cores
 from distseg.work.label_review import write_review
 from distseg.work.label_sources import ScanSource, Sources, find_sources
@@ -30,6 +32,8 @@ from distseg.work.label_task import Labelled, Labeller, LabelTask, label_one, ru
 from distseg.work.ledger import Ledger
 from distseg.work.owner import Owner, owning
 from distseg.work.predict import progress_bar
+
+SALT = "dicom"
 
 
 @dataclass
@@ -56,10 +60,10 @@ def label_cohort(
     `output` was made otherwise. Failed scans are in the report."""
     fingerprint = model_fingerprint(run)
     model, _ = cached_model(run, fingerprint)
-    sources = find_sources(cohort, only=settings.only)
+    folder = Path(output)
+    sources = find_sources(cohort, only=settings.only, salt=lambda: cohort_salt(folder / SALT))
     rule = rule_of(settings, model.info)
     _say_how(model, sources)
-    folder = Path(output)
     _make(folder)
     with owning(folder / "owner.json", what="output", name=folder) as owner:
         ledger = Ledger(folder, _identity(fingerprint, model, rule, overlap=settings.overlap))

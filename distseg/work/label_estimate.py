@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from distseg.config.schema import LabelConfig
+from distseg.data.label_output import KINDS
 from distseg.data.volume import Shape, Spacing
 from distseg.errors import FinishedWithFailures
 from distseg.inference.model import Model
@@ -20,7 +21,7 @@ from distseg.inference.whole_scan import cached_model, model_fingerprint
 from distseg.work.executor import attempt, available_cores
 from distseg.work.label_sources import ScanSource, find_sources, grid_of
 from distseg.work.label_task import LabelTask, label_one, rule_of
-from distseg.work.ledger import KINDS, staged_path
+from distseg.work.ledger import staged_path
 
 SAMPLE_SCANS = 3
 MOST_READ = 20  # of a folder's files, for their size; the rest is taken to be like them

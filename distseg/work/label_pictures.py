@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from distseg.data.label_output import CODE_STEP, committed_path
 from distseg.data.nifti import read_nifti
 from distseg.data.volume import resample_box
 from distseg.evaluation.figures import Plane, central_index, grey_window, plane_of, png_bytes, scan_figure, view_box
 from distseg.evaluation.page import Picture
-from distseg.inference.label_scan import CODE_STEP
 from distseg.work.executor import Executor
 from distseg.work.label_sources import OpenScan, ScanSource, open_scan
-from distseg.work.ledger import committed_path
 
 OUTLINED = ("in doubt", "label")
 

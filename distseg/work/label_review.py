@@ -21,6 +21,7 @@ import numpy as np
 
 from distseg.config.schema import LabelSectionConfig
 from distseg.data.keys import Purpose, generator
+from distseg.data.label_output import ledger_path, read_ledger
 from distseg.evaluation.distrust import expected_error, next_to_label, random_with_foreground, volume_deviation
 from distseg.evaluation.review_page import ReviewContent, render_review
 from distseg.inference.model import Model
@@ -29,7 +30,6 @@ from distseg.work.executor import Executor
 from distseg.work.label_pictures import review_pictures
 from distseg.work.label_reference import Reference, reference_of
 from distseg.work.label_sources import Sources
-from distseg.work.ledger import ledger_path, read_ledger
 
 # What ranks a scan, each higher where it is worse; what each found on real scans is in tests/bench/RESULTS.md.
 EVIDENCE = ("surface_entropy", "doubtful_share", "disagreement", "components", "volume_deviation", "expected_dice")

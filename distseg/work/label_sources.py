@@ -9,6 +9,7 @@ from typing import Any
 from distseg.data.cohort import Cohort, Scan, ScanRecord, read_attrs
 from distseg.data.formats import discover
 from distseg.data.formats.case import ImageSource
+from distseg.data.formats.dicom_folder import Salt
 from distseg.data.volume import Geometry, NativeGrid, Shape, Spacing
 from distseg.errors import InputError
 from distseg.inference.whole_scan import ScanIntensity
@@ -48,14 +49,15 @@ class Sources:
     failures: list[tuple[str, str]]
 
 
-def find_sources(where: str, *, only: str) -> Sources:
+def find_sources(where: str, *, only: str, salt: Salt | None = None) -> Sources:
     """The scans of a cohort store, or of a folder of images (any source of ingest). `only`: all | unlabelled.
 
+    `salt` gives the key of DICOM ids, the same in each call that is to know them again; None: another each time.
     Raises InputError where there is neither, or nothing is left to label.
     """
     path = Path(where)
     if read_attrs(path) is None:
-        found = _from_folder(path)
+        found = _from_folder(path, salt)
     else:
         cohort = Cohort.open(path)
         found = Sources([_stored(path, record) for record in cohort.records], cohort, [])
@@ -96,10 +98,10 @@ def _stored(path: Path, record: ScanRecord) -> ScanSource:
     )
 
 
-def _from_folder(path: Path) -> Sources:
+def _from_folder(path: Path, salt: Salt | None) -> Sources:
     if not path.is_dir():
         raise InputError("no cohort and no folder of images there", where="cohort", value=path)
-    found = discover(path)
+    found = discover(path) if salt is None else discover(path, salt=salt)
     scans = [
         ScanSource(
             case.scan_id,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from distseg.config.schema import LabelRuleConfig
+from distseg.data.label_output import KINDS
 from distseg.data.plane_spool import PlaneSpool
 from distseg.inference.label_scan import Grids, LabelRule, Plane, label_scan
 from distseg.inference.model import Model, ModelInfo
@@ -30,7 +31,7 @@ from distseg.inference.teacher_passes import PassSettings
 from distseg.inference.whole_scan import WINDOWS_A_BATCH, cached_model, use_threads
 from distseg.work.executor import STOPPING
 from distseg.work.label_sources import OpenScan, ScanSource, open_scan
-from distseg.work.ledger import KINDS, staged_path
+from distseg.work.ledger import staged_path
 
 _NETWORK = threading.Lock()
 

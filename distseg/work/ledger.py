@@ -19,15 +19,13 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distseg.errors import DataError, RunMismatchError
+from distseg.data.label_output import FORMAT, KINDS, SUFFIX, committed_path, ledger_path, read_identity, read_ledger
+from distseg.errors import RunMismatchError
 
-FORMAT = 1
-SUFFIX = ".nii.gz"
-KINDS = ("masks", "trust")
 FSYNC_EVERY_S = 1.0
 _CHUNK_NBYTES = 1 << 16
 
@@ -104,47 +102,8 @@ class Ledger:
         return {file.name.removesuffix(SUFFIX) for file in files if not file.name.startswith(".")}
 
 
-def ledger_path(output: Path) -> Path:
-    return output / "ledger.jsonl"
-
-
 def staged_path(staging: Path, kind: str, scan_id: str) -> Path:
     return staging / kind / (scan_id + SUFFIX)
-
-
-def committed_path(output: Path, kind: str, scan_id: str) -> Path:
-    return output / kind / (scan_id + SUFFIX)
-
-
-def read_identity(output: Path) -> dict[str, Any]:
-    """Of the labelling in OUT. Raises DataError where there is none."""
-    for line in _lines(ledger_path(output)):
-        if line.get("format") != FORMAT or not isinstance(line.get("identity"), dict):
-            break
-        identity: dict[str, Any] = line["identity"]
-        return identity
-    raise DataError("no output of distseg label", where=output, rule="it holds ledger.jsonl, masks/ and trust/")
-
-
-def read_ledger(file: Path) -> Iterator[dict[str, Any]]:
-    """The events of a ledger, streamed; a line that is still being written is left out."""
-    lines = _lines(file)
-    next(lines, None)
-    yield from lines
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    if not file.is_file():
-        return
-    with open(file, "rb") as content:
-        for number, line in enumerate(content, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                fix = "take another output=, or delete the line; its scan is labelled again"
-                raise DataError("line is not JSON", where=f"{file}:{number}", value=error, fix=fix) from error
 
 
 def _check_identity(file: Path, identity: Mapping[str, Any]) -> None:

@@ -1,14 +1,15 @@
 """Masks for files: each in its input's own grid, uint8, whole or not at all.
 
     OUT/CASE.nii.gz      one per input
-    OUT/.distseg.json    of each mask: digest of the model, network, overlap, SHA-256 of the input
+    OUT/.distseg.json    of each mask: digest of the model, network, overlap, label's rule, SHA-256 of the input
 
-The same call again does what is still to do. A mask is kept only if the record says that all four are this call's; any
+The same call again does what is still to do. A mask is kept only if the record says that all of it is this call's; any
 other file where a mask is to go stops the call before it works, and is never replaced.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import uuid
@@ -20,15 +21,21 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from distseg.config.schema import LabelRuleConfig
 from distseg.data.formats import ImageSource
+from distseg.data.label_output import KINDS
 from distseg.data.nifti import write_nifti
+from distseg.data.plane_spool import PlaneSpool
 from distseg.errors import DataError, InputError
+from distseg.inference.label_scan import LabelRule
 from distseg.inference.whole_scan import ScanIntensity, cached_model, model_fingerprint, segment_scan, use_threads
 from distseg.work.executor import Executor, available_cores
+from distseg.work.label_sources import OpenScan
+from distseg.work.label_task import label_open_scan, rule_of
 from distseg.work.predict_inputs import Input, find_inputs, is_nifti
 
 RECORD = ".distseg.json"
-RECORDED = ("model", "network", "overlap", "input_sha256")
+RECORDED = ("model", "network", "overlap", "label", "input_sha256")
 
 
 @dataclass
@@ -48,8 +55,8 @@ class _Task:
     image: ImageSource
     mask: str
     staged: str
-    network: str
-    overlap: float
+    made_by: dict[str, Any]  # of the record
+    rule: LabelRule | None  # None: the network's argmax
     threads: int
 
 
@@ -63,17 +70,30 @@ class _Made:
 
 
 def predict_files(
-    *, run: str, input: str, output: str, network: str, overlap: float, executor: Executor, progress: bool = True
+    *,
+    run: str,
+    input: str,
+    output: str,
+    network: str,
+    overlap: float,
+    executor: Executor,
+    label: LabelRuleConfig | None = None,
+    progress: bool = True,
 ) -> PredictReport:
     """Segment a NIfTI file or every one of a folder, or every DICOM series below one; `output` is a folder, or a file
-    where the input is one image.
+    where the input is one image. With `label` each mask is what `distseg label` makes of the scan, in place of the
+    network's argmax; `network` and `overlap` are then label's own.
 
     A file that cannot be segmented is in the report and the others go on; a single one raises its DataError. Raises
     InputError where there is nothing to read, or where `output` holds files that this model did not make.
     """
     fingerprint = model_fingerprint(run)
     inputs, failures, notes = find_inputs(Path(input), Path(output))
-    made_by = {"model": fingerprint, "network": network, "overlap": overlap}
+    made_by = {"model": fingerprint, "network": network, "overlap": overlap, "label": None}
+    rule = None
+    if label is not None:
+        rule = rule_of(label, cached_model(run, fingerprint)[0].info)
+        made_by |= {"network": "teacher", "overlap": label.overlap, "label": dataclasses.asdict(rule)}
     record = None if is_nifti(Path(output)) else Path(output) / RECORD
     existing = {one.mask: one for one in inputs if one.mask.exists()}
     _refuse_others_masks(existing, made_by, record)
@@ -89,8 +109,8 @@ def predict_files(
             one.image,
             str(one.mask),
             str(_staged(one.mask, call)),
-            network,
-            overlap,
+            made_by,
+            rule,
             threads,
         )
         for one in inputs
@@ -127,24 +147,42 @@ def _predict_file(task: _Task) -> _Made:
     use_threads(task.threads)
     input_sha256 = task.image.sha256()
     volume = task.image.read()
+    intensity = ScanIntensity.of(volume.array)
+    if task.rule is not None:
+        _label_file(task, OpenScan(volume.array, volume.geometry, volume.native, intensity, volume.modality))
+    else:
+        model, device = cached_model(task.run, task.fingerprint)
+        network = task.made_by["network"]
+        masks = segment_scan(
+            model,
+            volume.array,
+            networks=[network],
+            spacing_mm=volume.geometry.spacing_mm,
+            intensity=intensity,
+            overlap=task.made_by["overlap"],
+            device=device,
+        )
+        write_nifti(task.staged, volume.native.from_canonical(masks[network]), volume.native)
+    return _Made(task.mask, task.staged, {**task.made_by, "input_sha256": input_sha256})
+
+
+def _label_file(task: _Task, scan: OpenScan) -> None:
+    """The mask that `distseg label` would give a scan whose id is the mask's name."""
+    assert task.rule is not None, "asked for by label"
     model, device = cached_model(task.run, task.fingerprint)
-    masks = segment_scan(
-        model,
-        volume.array,
-        networks=[task.network],
-        spacing_mm=volume.geometry.spacing_mm,
-        intensity=ScanIntensity.of(volume.array),
-        overlap=task.overlap,
-        device=device,
-    )
-    write_nifti(task.staged, volume.native.from_canonical(masks[task.network]), volume.native)
-    entry = {
-        "model": task.fingerprint,
-        "network": task.network,
-        "overlap": task.overlap,
-        "input_sha256": input_sha256,
-    }
-    return _Made(task.mask, task.staged, entry)
+    mask = Path(task.mask)
+    mask.parent.mkdir(parents=True, exist_ok=True)
+    with PlaneSpool(mask.parent) as masks, PlaneSpool(mask.parent) as trusts:
+        label_open_scan(
+            model,
+            scan,
+            scan_id=mask.name.removesuffix(".gz").removesuffix(".nii"),
+            rule=task.rule,
+            overlap=task.made_by["overlap"],
+            device=device,
+            spools=dict(zip(KINDS, (masks, trusts), strict=True)),
+        )
+        masks.write_nifti(task.staged, scan.native)
 
 
 def _staged(mask: Path, call: str) -> Path:

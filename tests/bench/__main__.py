@@ -7,11 +7,14 @@ import importlib
 import json
 from pathlib import Path
 
-BENCHMARKS = ("step", "step_growth", "precision", "methods", "index", "embeddings", "bank", "scaling")
+BENCHMARKS = (
+    "step", "step_growth", "precision", "methods", "index", "embeddings", "bank", "scaling", "label", "label_ledger",
+)  # fmt: skip
 OPTIONS = {
     "index": ("large",),
     "embeddings": ("trained", "cohort"),
     "precision": ("trained", "cohort"),
+    "label": ("trained", "cohort"),
 }  # which of the arguments a benchmark takes
 
 
@@ -21,9 +24,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every key here, flat")
     parser.add_argument("--large", action="store_true", help="index: 10 million references too, minutes and 6 GB")
     parser.add_argument(
-        "--trained", metavar="RUN", help="embeddings, precision: a finished run whose model is looked at"
+        "--trained", metavar="RUN", help="embeddings, precision, label: a finished run whose model is looked at"
     )
-    parser.add_argument("--cohort", help="embeddings, precision: the cohort it trained on")
+    parser.add_argument("--cohort", help="embeddings, precision, label: a cohort of its kind")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(BENCHMARKS))
     if unknown:

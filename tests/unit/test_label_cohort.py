@@ -16,16 +16,22 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
-from distseg.config.schema import LabelSectionConfig
+from distseg.cli import main
+from distseg.config.schema import LabelConfig, LabelSectionConfig
 from distseg.data.cohort import Cohort
+from distseg.data.label_output import KINDS, ledger_path, read_identity, read_ledger
 from distseg.data.nifti import read_nifti
 from distseg.errors import DataError, InputError, RunMismatchError
 from distseg.inference import whole_scan
-from distseg.work.executor import LocalExecutor
+from distseg.inference.sliding_window import run_grid
+from distseg.work.executor import STOPPING, LocalExecutor
 from distseg.work.label_cohort import LabelReport, label_cohort
+from distseg.work.label_estimate import LabelEstimate, estimate_label
 from distseg.work.label_task import Labelled, LabelTask, label_one
-from distseg.work.ledger import KINDS, Ledger, ledger_path, read_identity, read_ledger
+from distseg.work.ledger import Ledger
+from tests.unit import dicom_writer
 from tests.unit.tiny_run import CLASS_NAMES, make_run
 
 SETTINGS = LabelSectionConfig(overlap=0.25, review_scans=2, next_scans=3)
@@ -35,6 +41,14 @@ ALL = ["a", "b", "c", "d", "e", "f", "u", "v", "w"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -288,3 +302,116 @@ def test_a_damaged_ledger_is_said(run: str, cohort_path: str, tmp_path: Path) ->
     (tmp_path / "o/ledger.jsonl").write_text(json.dumps({"format": 99}) + "\n")
     with pytest.raises(DataError, match="no output of distseg label"):
         label(run, cohort_path, tmp_path / "o")
+
+
+def test_predict_by_label_is_label_on_one_file(undisturbed: Path, run: str, cohort_path: str, tmp_path: Path) -> None:
+    """And its masks are kept apart from the network's: another way of making them is another mask."""
+    image = Path(cohort_path).parent / "source/imagesTr/a_0000.nii.gz"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.nii.gz").write_bytes(image.read_bytes())
+    keys = [f"run={run}", f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "logging.progress=false"]
+    assert main(["predict", *keys, "by=label", "label.overlap=0.25"]) == 0
+    assert (tmp_path / "out/a.nii.gz").read_bytes() == (undisturbed / "masks/a.nii.gz").read_bytes()
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [".distseg.json", "a.nii.gz"]
+    assert main(["predict", *keys, "by=label", "label.overlap=0.25"]) == 0  # kept
+    for other in (["by=label", "label.overlap=0.25", "label.threshold=0.3"], ["network=teacher", "overlap=0.25"]):
+        assert main(["predict", *keys, *other]) == 2
+
+
+def test_a_dry_run_writes_nothing_and_says_what_it_takes(
+    run: str, cohort_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["label", f"run={run}", f"output={tmp_path / 'o'}", "dry_run=true", "launcher=local", "label.overlap=0.25"]
+    assert main([*keys, f"cohort={cohort_path}"]) == 0
+    said = capsys.readouterr().out
+    assert not (tmp_path / "o").exists()
+    voxels = sum(int(np.prod(record.shape)) for record in Cohort.open(cohort_path).records)
+    grid = run_grid((18, 22, 20), (3.0, 2.0, 2.0), (3.0, 2.5, 2.0), patch_zyx=(8, 8, 8), overlap=0.25)
+    windows = 9 * int(np.prod([len(starts) for starts in grid.starts]))
+    assert f"scans:   9\nvoxels:  {voxels / 1e6:.1f} million in {windows} windows\n" in said
+    assert "hours:   0.00 with 1 worker like this one" in said
+    source = estimate(run, str(Path(cohort_path).parent / "source"))
+    stored = estimate(run, cohort_path)
+    assert (source.scans, source.windows, source.voxels) == (stored.scans, stored.windows, stored.voxels)
+    label(run, cohort_path, tmp_path / "real", dataclasses.replace(SETTINGS, review_scans=0))
+    assert stored.nbytes == pytest.approx(sum(map(len, contents(tmp_path / "real").values())), rel=0.1)
+    assert stored.hours == pytest.approx(stored.seconds_per_window * windows / 3600)
+
+
+def estimate(run: str, cohort: str) -> LabelEstimate:
+    settings = LabelSectionConfig(overlap=0.25)
+    return estimate_label(LabelConfig(run=run, cohort=cohort, output="o", launcher="local", label=settings))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["label.threshold=0.5", "label.quantile=0.5"], "label.threshold: value not allowed (got 0.5); must be null"),
+        (["label.only=labelled"], "label.only: unknown value (got labelled); one of all, unlabelled"),
+        (["label.overlap=1"], "label.overlap: value not allowed (got 1.0); must be from 0.0 to 0.9"),
+        (["label.quantile=2"], "label.quantile"),
+        (["label.min_similarity=3"], "label.min_similarity"),
+        (["label.passes=0"], "label.passes"),
+        (["label.attempts=0"], "label.attempts"),
+        (["threshold=0.5"], "did you mean label.threshold=...?"),
+        (["run=gone"], "no trained model here"),
+        (["cohort=gone"], "no cohort and no folder of images there"),
+        (["launcher=slurm"], "launcher: unknown value"),
+    ],
+)
+def test_what_the_command_line_refuses(
+    run: str, cohort_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], keys: list[str], said: str
+) -> None:
+    given = [f"run={run}", f"cohort={cohort_path}", f"output={tmp_path / 'o'}", "launcher=local"]
+    given = [word for word in given if word.split("=")[0] not in {key.split("=")[0] for key in keys}]
+    assert main(["label", *given, *keys]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_set_aside_scan_is_exit_code_3(
+    run: str, cohort_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    source = Path(cohort_path).parent / "source/imagesTr/a_0000.nii.gz"
+    (folder / "good.nii.gz").write_bytes(source.read_bytes())
+    (folder / "bad.nii.gz").write_bytes(source.read_bytes()[:400])
+    keys = [f"run={run}", f"cohort={folder}", f"output={tmp_path / 'o'}", "launcher=local", "logging.progress=false"]
+    assert main(["label", *keys, "label.overlap=0.25"]) == 3
+    said = capsys.readouterr().err
+    assert "1 scans labelled, 0 done before; 1 failed:\n  bad: bad.nii.gz:" in said
+    assert sorted(f.name for f in (tmp_path / "o/masks").iterdir()) == ["good.nii.gz"]
+
+
+def test_dicom_series_keep_their_ids(run: str, tmp_path: Path) -> None:
+    """Hashed with a key that the output keeps: the next call knows them again, and no id tells the series."""
+    pixels = np.random.default_rng(0).integers(-500, 500, (9, 10, 11)).astype(np.int16)
+    for name in ("one", "two"):
+        dicom_writer.series(tmp_path / "in" / name, pixels)
+    settings = dataclasses.replace(SETTINGS, review_scans=0)
+    assert label(run, str(tmp_path / "in"), tmp_path / "o", settings).labelled == 2
+    masks = sorted(f.name for f in (tmp_path / "o/masks").iterdir())
+    again = label(run, str(tmp_path / "in"), tmp_path / "o", settings)
+    assert (again.labelled, again.done_before) == (0, 2)
+    assert sorted(f.name for f in (tmp_path / "o/masks").iterdir()) == masks
+    assert (tmp_path / "o/dicom.salt").stat().st_mode & 0o077 == 0
+
+
+def test_an_interrupted_thread_gives_up(run: str, cohort_path: str, tmp_path: Path) -> None:
+    """Ctrl-C: what is in flight stops at its next plane, and the same command goes on."""
+
+    class Interrupts(Fails):
+        def __call__(self, task: LabelTask) -> Labelled:
+            made = super().__call__(task)
+            if len(self.calls) >= 3:
+                raise KeyboardInterrupt
+            return made
+
+    with pytest.raises(KeyboardInterrupt):
+        label(run, cohort_path, tmp_path / "o", labeller=Interrupts({}), executor=LocalExecutor(1, at_once=2))
+    assert not STOPPING.is_set()
+    report = label(run, cohort_path, tmp_path / "o")
+    assert report.done_before + report.labelled == 9

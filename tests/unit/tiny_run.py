@@ -16,10 +16,16 @@ NETWORK = NetworkConfig(base_filters=2, levels=2, dropout_rate=0.3)
 
 
 def make_run(
-    root: Path, *, matching: bool = True, threshold_nats: float = 1.05, class_names: tuple[str, ...] = CLASS_NAMES
+    root: Path,
+    *,
+    matching: bool = True,
+    threshold_nats: float = 1.05,
+    class_names: tuple[str, ...] = CLASS_NAMES,
+    patch_zyx: tuple[int, int, int] = (8, 8, 8),
+    spacing_mm: tuple[float, float, float] = (3.0, 2.5, 2.0),
 ) -> str:
     info = ModelInfo(
-        class_names=class_names, modality="CT", spacing_mm=(3.0, 2.5, 2.0), patch_zyx=(8, 8, 8), network=NETWORK,
+        class_names=class_names, modality="CT", spacing_mm=spacing_mm, patch_zyx=patch_zyx, network=NETWORK,
         intensity=Intensity("ct", -200.0, 1000.0, 300.0, 400.0), method="embedding_matching" if matching else "uamt",
         threshold_nats=threshold_nats, step=7, checkpoint="last", passes=2,
     )  # fmt: skip

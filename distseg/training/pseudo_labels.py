@@ -1,0 +1,81 @@
+"""Which pseudo-labels train (`data.pseudo_labels`): found when a run begins, the same for its life."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distseg.config.schema import TrainRunConfig
+from distseg.data.cohort import Cohort
+from distseg.data.label_output import KINDS, committed_path, ledger_path, read_identity, read_ledger
+from distseg.data.patches import PatchReader
+from distseg.data.pseudo_labels import PseudoLabels
+from distseg.errors import ConfigError, DataError, RunMismatchError
+
+if TYPE_CHECKING:
+    from distseg.training.plan import Plan
+    from distseg.training.run import RunDirectory
+
+
+@dataclass(frozen=True)
+class FoundPseudoLabels:
+    """Ids in order, the fingerprint of the model that made them, and what a user should be told."""
+
+    scans: tuple[str, ...] = ()
+    model: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def find_pseudo_labels(config: TrainRunConfig, cohort: Cohort, unlabelled: Sequence[str]) -> FoundPseudoLabels:
+    """Those of the run's own unlabelled training scans: validation and test scans never train, labelled ones have
+    better. Raises ConfigError or DataError where there are none, or of other classes."""
+    if config.data.pseudo_labels is None:
+        return FoundPseudoLabels()
+    key, output = "data.pseudo_labels", Path(config.data.pseudo_labels)
+    if config.method.name == "dtc":
+        rule = "a method whose labelled patches are known everywhere: distance maps have no unknown voxels"
+        raise ConfigError("no pseudo-labels with this method", where="method", value="dtc", rule=rule)
+    identity = read_identity(output)
+    if list(identity.get("classes", ())) != list(cohort.class_names):
+        rule = f"the cohort's classes {', '.join(cohort.class_names)}"
+        raise ConfigError("pseudo-labels of other classes", where=key, value=identity.get("classes"), rule=rule)
+    wanted, versions = set(unlabelled), {record.scan_id: record.sha256[:16] for record in cohort.records}
+    done = {line["done"]: line["version"] for line in read_ledger(ledger_path(output)) if line.get("done") in wanted}
+    there = {scan for scan in done if all(committed_path(output, kind, scan).is_file() for kind in KINDS)}
+    # A folder labelled directly knows sizes and dates in place of digests; then the grids alone are compared.
+    changed = {scan for scan in there if len(done[scan]) == 16 and done[scan] != versions[scan]}
+    scans = tuple(sorted(there - changed))
+    if not scans:
+        rule = "masks of this run's unlabelled training scans"
+        fix = "label this cohort: distseg label cohort=... output=..."
+        raise DataError("no pseudo-label that this run can use", where=output, rule=rule, fix=fix)
+    notes = [f"{len(scans)} of {len(wanted)} unlabelled training scans have pseudo-labels, which train too"]
+    if changed:
+        notes.append(f"{len(changed)} pseudo-labels are of images that have changed since, and are left out")
+    return FoundPseudoLabels(scans, str(identity["model"]), tuple(notes))
+
+
+def open_pseudo_labels(
+    config: TrainRunConfig, plan: Plan, cohort: Cohort, reader: PatchReader, run: RunDirectory
+) -> PseudoLabels | None:
+    """The plan's pseudo-labels; None for a run without. Raises RunMismatchError where another model has made them."""
+    if not plan.pseudo or config.data.pseudo_labels is None:
+        return None
+    output = Path(config.data.pseudo_labels)
+    model = read_identity(output)["model"]
+    if model != plan.pseudo_model:
+        rule = "the model whose labels this run began with"
+        raise RunMismatchError("pseudo-labels of another model", where=output, value=model[:16], rule=rule)
+    folder = run.path / "pseudo"
+    folder.mkdir(exist_ok=True)
+    return PseudoLabels(
+        output,
+        scans=plan.pseudo,
+        cohort=cohort,
+        reader=reader,
+        spacing_mm=plan.spacing_mm,
+        folder=folder,
+        confidence=config.data.pseudo_confidence,
+    )

@@ -1,0 +1,266 @@
+"""Labelling beside the network alone, beside a plain script, and on two actors beside one.
+
+By default phantoms at 4 mm and an untrained network of preset `small` (32^3, overlap 0.5, M = 5) with a bank of its own
+embeddings, its threshold set so that 0.5 % of the voxels are in doubt; with --trained and --cohort a run's model on up
+to 20 scans. One thread a process. Keys:
+  label.share_of_network_speed   seconds of the very same batches of windows, passes and generators, and nothing else /
+                                 seconds of `label_cohort` on the scans: reading, blending, matching, writing, ledger
+  label.voxels_per_s             of the run's grid, end to end
+  label.plain_over_ours          seconds of a plain script (nibabel, MONAI's sliding_window_inference, M passes, mean,
+                                 argmax, save) / ours without matching, which the script has not
+  label.same_as_plain            share of voxels with the same label; passes draw other dropout
+  label.actors_2_over_1          scans a second of two Ray actors / of one, from the first result to the last
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from rich.console import Console
+
+from distseg.config.compose import train_config
+from distseg.config.schema import LabelSectionConfig, MatchingConfig
+from distseg.data.cohort import Cohort
+from distseg.data.intensity import Intensity
+from distseg.data.nifti import read_nifti
+from distseg.data.phantom import make_phantom
+from distseg.inference import teacher_passes
+from distseg.inference.model import ModelInfo, build_network, save_model
+from distseg.inference.whole_scan import cached_model, model_fingerprint
+from distseg.matching.references import ReferenceTable
+from distseg.networks.dropout import dropout_active
+from distseg.networks.stochastic import add_noise, pass_outputs
+from distseg.work.executor import Executor, LocalExecutor
+from distseg.work.label_cohort import label_cohort
+from distseg.work.label_task import label_one
+
+SPACING_MM, PHANTOMS, MOST_SCANS, ACTOR_SCANS = (4.0, 4.0, 4.0), 3, 20, 12
+DOUBTFUL = 0.005
+
+
+def run(trained: str | None = None, cohort: str | None = None, rounds: int = 3) -> dict[str, float]:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    with tempfile.TemporaryDirectory(prefix="distseg-bench-") as scratch:
+        bench = _Bench(Path(scratch), trained, cohort)
+        keys = bench.shares(rounds)
+        keys |= {"label.actors_2_over_1": bench.actors(2) / bench.actors(1)}
+    Console().print({key: round(value, 3) for key, value in keys.items()})
+    return keys
+
+
+class _Bench:
+    """A run, a folder of images at its spacing, and settings."""
+
+    def __init__(self, scratch: Path, trained: str | None, cohort: str | None) -> None:
+        self.scratch, self.outputs = scratch, 0
+        self.images = scratch / "images"
+        self.images.mkdir()
+        self.settings = LabelSectionConfig(review_scans=0, attempts=1)
+        if trained is not None and cohort is not None:
+            self.run = trained
+            self._write_cohort(Cohort.open(cohort))
+        else:
+            self.run = _untrained_run(scratch)
+            for number in range(PHANTOMS):
+                _write(self.images / f"phantom_{number}.nii.gz", make_phantom(number).image, SPACING_MM)
+            self.settings.threshold = self._threshold_of(DOUBTFUL)
+        self.model, _ = cached_model(self.run, model_fingerprint(self.run))
+
+    def shares(self, rounds: int) -> dict[str, float]:
+        recorded: list[Callable[[], object]] = []
+        with _recording(recorded):
+            facts = self._label()
+        voxels = sum(line["voxels"] for line in facts)
+        no_matching = dataclasses.replace(self.settings, threshold=99.0)
+        plain_masks = {image: self._plain(image) for image in sorted(self.images.iterdir())}
+        seconds: dict[str, list[float]] = {"end to end": [], "alone": [], "no matching": [], "plain": []}
+        for _ in range(rounds):  # interleaved: a machine that drifts drifts for all alike
+            seconds["end to end"].append(_timed(self._label))
+            seconds["alone"].append(_timed(lambda: [replay() for replay in recorded]))
+            seconds["no matching"].append(_timed(lambda: self._label(no_matching)))
+            seconds["plain"].append(_timed(lambda: [self._plain(image) for image in plain_masks]))
+        median = {name: statistics.median(values) for name, values in seconds.items()}
+        Console().print({name: f"{value:.2f} s" for name, value in median.items()})
+        ours = self.scratch / f"out_{self.outputs - 1}"
+        same = [np.mean(read_nifti(ours / "masks" / image.name).array == mask) for image, mask in plain_masks.items()]
+        return {
+            "label.share_of_network_speed": median["alone"] / median["end to end"],
+            "label.voxels_per_s": voxels / median["end to end"],
+            "label.plain_over_ours": median["plain"] / median["no matching"],
+            "label.same_as_plain": float(np.mean(same)),
+        }
+
+    def actors(self, count: int) -> float:
+        """Scans a second, from the first result to the last."""
+        from distseg.distributed.actor_pool import ActorPool
+
+        folder = self.scratch / "many"
+        folder.mkdir(exist_ok=True)
+        sources = sorted(self.images.iterdir())
+        for number in range(ACTOR_SCANS):
+            link = folder / f"{number:02d}.nii.gz"
+            if not link.exists():
+                os.link(sources[number % len(sources)], link)
+        times: list[float] = []
+        pool = ActorPool(count, at_once=2)
+        try:
+            self._label(cohort=folder, executor=_Watched(pool, times))
+        finally:
+            pool.close()
+        return (len(times) - 1) / (times[-1] - times[0])
+
+    def _label(
+        self,
+        settings: LabelSectionConfig | None = None,
+        *,
+        cohort: Path | None = None,
+        executor: Executor | None = None,
+    ) -> list[dict[str, Any]]:
+        """Label the images into a new output; the ledger's facts."""
+        facts: list[dict[str, Any]] = []
+        output = self.scratch / f"out_{self.outputs}"
+        self.outputs += 1
+
+        def labeller(task: Any) -> Any:
+            made = label_one(task)
+            facts.append(made.facts)
+            return made
+
+        label_cohort(
+            run=self.run, cohort=str(cohort or self.images), output=str(output), settings=settings or self.settings,
+            executor=executor or LocalExecutor(1, at_once=2), progress=False,
+            labeller=label_one if executor else labeller,
+        )  # fmt: skip
+        return facts
+
+    def _threshold_of(self, share: float) -> float:
+        settings = dataclasses.replace(self.settings, quantile=1 - share)
+        return float(statistics.median(line["threshold_nats"] for line in self._label(settings)))
+
+    @torch.inference_mode()
+    def _plain(self, image: Path) -> np.ndarray:
+        """What one writes in an afternoon; returns the mask [Z, Y, X]."""
+        volume = read_nifti(image)
+        teacher, info = self.model.networks["teacher"], self.model.info
+        array = self.model.intensity.normalise(
+            volume.array, nonzero_mean=float(volume.array.mean()), nonzero_sd=float(volume.array.std())
+        )
+        batch, mean = torch.from_numpy(array)[None, None], torch.zeros(())
+        for _ in range(info.passes):
+            with dropout_active(teacher):
+                logits = sliding_window_inference(
+                    add_noise(batch, info.teacher_noise_sigma), info.patch_zyx, 4, lambda x: teacher(x).logits,
+                    overlap=self.settings.overlap, mode="gaussian",
+                )  # fmt: skip
+            mean = mean + torch.softmax(logits, 1)
+        mask = mean.argmax(1)[0].to(torch.uint8).numpy()
+        _write(self.scratch / "plain.nii.gz", mask, info.spacing_mm)
+        return mask
+
+    def _write_cohort(self, cohort: Cohort) -> None:
+        for record in cohort.records[:MOST_SCANS]:
+            scan = cohort.scan(record.scan_id)
+            _write(self.images / f"{record.scan_id}.nii.gz", np.asarray(scan.image[...]), scan.geometry.spacing_mm)
+
+
+class _Watched:
+    """An executor that notes when each result came."""
+
+    def __init__(self, inner: Executor, times: list[float]) -> None:
+        self.workers, self._inner, self._times = inner.workers, inner, times
+
+    def map(self, fn: Any, items: Any, *, key: Any = str) -> Any:
+        for outcome in self._inner.map(fn, items, key=key):
+            self._times.append(time.perf_counter())
+            yield outcome
+
+    def close(self) -> None: ...
+
+
+class _recording:  # noqa: N801  # used as a context, like contextlib's own
+    """Inside, the passes of every batch of windows are noted as functions that run them again."""
+
+    def __init__(self, replays: list[Callable[[], object]]) -> None:
+        self.replays = replays
+
+    def __enter__(self) -> None:
+        kind, replays = teacher_passes.TeacherPasses, self.replays
+        self.before = kind._run, kind.embeddings
+
+        def _run(self: Any, windows: Any, numbers: Any) -> torch.Tensor:
+            images, s = torch.stack(list(windows))[:, None].clone(), self._settings
+
+            def again() -> None:
+                with torch.inference_mode():
+                    for _ in pass_outputs(
+                        self._teacher, images, passes=s.passes, noise_sigma=s.noise_sigma,
+                        generators=self._generators(numbers),
+                    ):  # fmt: skip
+                        pass
+
+            replays.append(again)
+            return before_run(self, windows, numbers)
+
+        def embeddings(self: Any, windows: Any) -> torch.Tensor:
+            images = torch.stack(list(windows))[:, None].clone()
+
+            def again() -> None:
+                with torch.inference_mode():
+                    self._teacher(images)
+
+            replays.append(again)
+            return before_embeddings(self, windows)
+
+        before_run, before_embeddings = self.before
+        kind._run, kind.embeddings = _run, embeddings  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        kind = teacher_passes.TeacherPasses
+        kind._run, kind.embeddings = self.before  # type: ignore[method-assign]
+
+
+def _untrained_run(scratch: Path) -> str:
+    config = train_config(cohort="-", run="-", preset="small", overrides={})
+    z, y, x = config.sampling.patch_zyx
+    info = ModelInfo(
+        class_names=("background", "hip_bone"), modality="CT", spacing_mm=SPACING_MM, patch_zyx=(z, y, x),
+        network=config.network, intensity=Intensity("ct", -200.0, 1200.0, 300.0, 300.0), method="embedding_matching",
+        threshold_nats=0.52, step=1, checkpoint="last", passes=config.method.passes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = build_network(config.network, num_classes=2)
+    weights = network.state_dict()
+    with torch.inference_mode():
+        embeddings = network.eval()(torch.randn(1, 1, z, y, x)).embeddings[0].flatten(1).T[:6000].clone()
+    count = len(embeddings)
+    table = ReferenceTable(1, 1, embeddings, torch.arange(count) % 2, torch.zeros(count, dtype=torch.int64), ("-",))
+    run = scratch / "run"
+    run.mkdir()
+    save_model(
+        run / "model", info, {"student": weights, "teacher": weights}, references=table,
+        matching=MatchingConfig(kind="index"),
+    )  # fmt: skip
+    return str(run)
+
+
+def _write(path: Path, array: np.ndarray, spacing_mm: Any) -> None:
+    """[Z, Y, X] as a file with axes x, y, z towards L, P, S."""
+    z, y, x = spacing_mm
+    nib.save(nib.Nifti1Image(np.ascontiguousarray(array.transpose(2, 1, 0)), np.diag([-x, -y, z, 1.0])), path)
+
+
+def _timed(function: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
