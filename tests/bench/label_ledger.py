@@ -12,6 +12,7 @@ Keys (a cohort of SCANS = 100 000 stubs; a ledger of LINES = 1 000 000; one proc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import tempfile
@@ -69,13 +70,11 @@ def _stubs(scratch: str, sender: Any) -> None:
     def label(stop_at: int) -> tuple[float, float]:
         """Seconds to the first scan, and from it to the end or to `stop_at`."""
         labeller, begun = _Nothing(stop_at), time.perf_counter()
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             driver.label_cohort(
                 run=made_run, cohort=cohort, output=str(folder / "out"), settings=settings,
                 executor=LocalExecutor(1), progress=False, labeller=labeller,
             )  # fmt: skip
-        except KeyboardInterrupt:
-            pass
         return labeller.first - begun, time.perf_counter() - labeller.first
 
     def work() -> None:
