@@ -19,30 +19,30 @@ MAX_DEPTH = 50
 MAX_NAME_NBYTES = 200  # of a scan's name: with an ending it is a file's, which may have 255
 
 
-def read_json(file: Path) -> Any:
-    """Raises DataError where the file is too long or no JSON, OSError where it cannot be read."""
+def read_json(file: Path, what: str = "file") -> Any:
+    """`what`: for messages. Raises DataError where the file is too long or no JSON, OSError where it cannot be read."""
     try:
-        return json.loads(_text(file))
+        return json.loads(_text(file, what))
     except RecursionError as error:
-        raise DataError("nests too deeply", where=file) from error
+        raise DataError(f"unreadable {what}: nests too deeply", where=file) from error
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"not JSON: {str(error)[:200]}", where=file) from error
+        raise DataError(f"unreadable {what}: not JSON: {str(error)[:200]}", where=file) from error
 
 
-def read_yaml(file: Path) -> Any:
+def read_yaml(file: Path, what: str = "file") -> Any:
     """Plain values: no tag makes an object. Raises DataError as `read_json` does, and where aliases unfold too far."""
     try:
-        node = yaml.compose(_text(file), Loader=yaml.SafeLoader)
+        node = yaml.compose(_text(file, what), Loader=yaml.SafeLoader)
         if _unfolded(node, {}, MAX_DEPTH) > MAX_NODES:
-            raise DataError("unfolds to too much", where=file, rule=f"at most {MAX_NODES} values")
+            raise DataError(f"unreadable {what}: unfolds to too much", where=file, rule=f"at most {MAX_NODES} values")
         loader = yaml.SafeLoader("")
         return loader.construct_document(node) if node is not None else None
     except RecursionError as error:  # also a value that contains itself
-        raise DataError("nests too deeply", where=file) from error
+        raise DataError(f"unreadable {what}: nests too deeply", where=file) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"not YAML: {' '.join(str(error).split())[:200]}", where=file) from error
+        raise DataError(f"unreadable {what}: not YAML: {' '.join(str(error).split())[:200]}", where=file) from error
 
 
 def check_name(name: str, *, where: object, what: str = "name") -> str:
@@ -54,10 +54,12 @@ def check_name(name: str, *, where: object, what: str = "name") -> str:
     return name
 
 
-def _text(file: Path) -> str:
+def _text(file: Path, what: str) -> str:
     nbytes = file.stat().st_size
     if nbytes > MAX_NBYTES:
-        raise DataError("too long", where=file, value=f"{nbytes} bytes", rule=f"at most {MAX_NBYTES}")
+        raise DataError(
+            f"unreadable {what}: too long", where=file, value=f"{nbytes} bytes", rule=f"at most {MAX_NBYTES}"
+        )
     return file.read_text(encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.core.metadata import ArrayV3Metadata
+from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
 
 from distseg.data.limits import MAX_VOXELS
 from distseg.errors import DataError
@@ -51,6 +51,10 @@ class StoredArray:
     @property
     def chunks(self) -> tuple[int, ...]:
         return tuple(self._array.chunks)
+
+    @property
+    def metadata(self) -> ArrayV3Metadata | ArrayV2Metadata:
+        return self._array.metadata
 
     @property
     def shards(self) -> tuple[int, ...] | None:

@@ -155,7 +155,7 @@ def load_model(run: str | Path) -> Model:
             fix="run distseg train first, or correct run=",
         )
     try:
-        content = read_json(file)
+        content = read_json(file, "model")
         if content["format"] != FORMAT:
             raise DataError("model of another format", where=file, value=content["format"], rule=f"must be {FORMAT}")
         info = _info(content)
@@ -215,7 +215,9 @@ def _load_network(file: Path, info: ModelInfo) -> UNet3D:
     with torch.device("meta"):  # allocates nothing, whatever model.json says
         expected = build_network(info.network, num_classes=len(info.class_names)).state_dict()
     if {name: value.shape for name, value in expected.items()} != {name: value.shape for name, value in state.items()}:
-        raise DataError("weights of another network than model.json says", where=file, fix="copy the model again")
+        raise DataError(
+            "unreadable model: weights of another network than model.json says", where=file, fix="copy the model again"
+        )
     network = build_network(info.network, num_classes=len(info.class_names))
     network.load_state_dict(state)
     return network.eval().requires_grad_(False)

@@ -201,7 +201,7 @@ def _read(folder: Path, num_classes: int) -> tuple[MatchingConfig, ReferenceTabl
     """How it matches, its table, and why its index is the one it is."""
     file = folder / "bank.json"
     try:
-        content = read_json(file)
+        content = read_json(file, "bank")
         if content["format"] != FORMAT:
             raise DataError("bank of another format", where=file, value=content["format"], rule=f"must be {FORMAT}")
         config, reason = MatchingConfig(**content["matching"]), str(content["index"])

@@ -80,7 +80,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read one checkpoint. Raises DataError if it is damaged or of another format."""
     try:
-        state = read_json(folder / "state.json")
+        state = read_json(folder / "state.json", "checkpoint")
         if state["format"] != FORMAT:
             raise DataError(
                 "checkpoint of another format", where=folder, value=state["format"], rule=f"must be {FORMAT}"

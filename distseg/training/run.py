@@ -52,7 +52,7 @@ class RunDirectory:
         if not self.config_file.exists():
             return None
         try:
-            content = read_yaml(self.config_file)
+            content = read_yaml(self.config_file, "run")
             if content["format"] != FORMAT:
                 raise DataError("run of another format", where=self.config_file, value=content["format"])
             return StoredRun(from_plain(content["config"], TrainRunConfig), Plan.from_plain(content["plan"]))
