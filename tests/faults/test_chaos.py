@@ -66,7 +66,7 @@ def test_a_full_disk_while_training(
     cohort: str, undisturbed: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     filler = small_disk / "filler"
-    words = train(cohort, small_disk / "run", checkpoint__keep=1)
+    words = train(cohort, small_disk / "run")
     for room in (12_000, 40_000):  # full at the first checkpoint, and at a later one
         filler.write_bytes(b"\0" * (free(small_disk) - room))
         assert here(words) == 2
@@ -91,7 +91,7 @@ def test_storage_that_fails_and_dawdles(
     read, rng = patches.PatchReader._read, random.Random(3)
     words = train(cohort, tmp_path / "run", data__memory_gib=0)
     for _ in range(3):
-        left = [rng.randint(20, 120)]
+        left = [rng.randint(10, 35)]
 
         def fails(reader: Any, *arguments: Any) -> Any:
             left[0] -= 1  # noqa: B023
