@@ -78,7 +78,7 @@ class SamplingConfig:
     """Where patches are placed. The labelled rest beyond `foreground_share` is uniform inside the body."""
 
     patch_zyx: list[int] = field(default_factory=lambda: [32, 32, 32])
-    foreground_share: float = 0.5
+    foreground_share: float = 0.33  # of the labelled patches: three seeds of protocol C against a half (RESULTS.md)
     unlabelled: str = "body"  # body: uniform inside it; doubt: a share where a coarse teacher pass is unsure
     doubt_share: float = 0.5
     doubt_every_steps: int = 100
