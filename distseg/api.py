@@ -336,7 +336,7 @@ def benchmark(
     rows: Sequence[str] | None = None,
     labelled: Sequence[int | str] | None = None,
     seeds: Sequence[int] | None = None,
-    phase_a_from: str | os.PathLike[str] | None = None,
+    cells_from: str | os.PathLike[str] | None = None,
     side_by_side: int | None = None,
     gpus_per_cell: float | None = None,
     launcher: Launcher | None = None,
@@ -344,9 +344,10 @@ def benchmark(
 ) -> BenchmarkResult:
     """Run a suite of methods x label counts x seeds on a cohort; tables, curves and figures in `run`. Resumes.
 
-    `suite` is a name of conf/suites or a YAML file; `rows`, `labelled` and `seeds` run a part of it. `phase_a_from` is
-    another benchmark's directory whose phase A is branched from. Raises ConfigError before anything runs, and
-    FinishedWithFailures with the cells that failed, when the others are in the tables.
+    `suite` is a name of conf/suites or a YAML file; `rows`, `labelled` and `seeds` run a part of it. `cells_from` is
+    another benchmark's directory: what it finished with the same configuration is read there, not trained again.
+    Raises ConfigError before anything runs, and FinishedWithFailures with the cells that failed, when the others are in
+    the tables.
     """
     config = _config(BenchmarkConfig, locals())
     if gpus_per_cell is not None:
@@ -357,7 +358,7 @@ def benchmark(
 def benchmark_from_config(config: BenchmarkConfig) -> BenchmarkResult:
     from distseg.work.benchmark import run_benchmark
 
-    config = _absolute(config, "cohort", "run", "phase_a_from")
+    config = _absolute(config, "cohort", "run", "cells_from")
     cells = ResourcesConfig(workers=config.side_by_side, gpus_per_worker=config.resources.gpus_per_worker)
     with _executor(config.launcher, cells) as executor:
         return run_benchmark(config, executor=executor)

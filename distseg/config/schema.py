@@ -666,9 +666,7 @@ class BenchmarkConfig:
     rows: list[str] | None = None
     labelled: list[str] | None = None
     seeds: list[int] | None = None
-    phase_a_from: str | None = (
-        None  # another benchmark's directory, whose phase A is branched from where it is the same
-    )
+    cells_from: str | None = None  # another benchmark's directory: its cells of the same configuration are read there
     side_by_side: int = 2  # cells that run at once, one process each
     launcher: str = "local"
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)  # of one cell
