@@ -336,6 +336,17 @@ class LoggingConfig:
 
 
 @dataclass
+class PostprocessConfig:
+    """What becomes of the network's masks; part of the model."""
+
+    # auto: of classes that are one piece in the labelled scans the largest component alone; largest: of every class
+    components: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("postprocess.components", self.components, ("auto", "all", "largest"))
+
+
+@dataclass
 class TrainRunConfig:
     """`distseg train`."""
 
@@ -354,6 +365,7 @@ class TrainRunConfig:
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     references: ReferencesConfig = field(default_factory=ReferencesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -506,6 +518,7 @@ class EvaluateConfig:
     name: str | None = None  # folder under RUN/evaluation; None: the split's name
     network: str = "student"  # whose figures are the table's; the other's stand beside
     overlap: float = 0.5  # share of a window that its neighbour covers too
+    components: str = "model"  # model: filtered as the run's postprocess.components said; all: as the network has them
     launcher: str = "local"
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -514,6 +527,7 @@ class EvaluateConfig:
         one_of("network", self.network, ("student", "teacher"))
         between("overlap", self.overlap, 0.0, 0.9)
         one_of("launcher", self.launcher, LAUNCHERS)
+        one_of("components", self.components, ("model", "all"))
 
 
 @dataclass
@@ -591,6 +605,7 @@ class PredictConfig:
     by: str = "network"  # network: its argmax, as evaluate; label: the teacher's passes and matching, as distseg label
     network: str = "student"  # by=network
     overlap: float = 0.5  # by=network
+    components: str = "model"  # by=network; model: filtered as the run's postprocess.components said; all: not filtered
     label: LabelRuleConfig = field(default_factory=LabelRuleConfig)  # by=label
     launcher: str = "local"
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
@@ -601,6 +616,7 @@ class PredictConfig:
         one_of("network", self.network, ("student", "teacher"))
         between("overlap", self.overlap, 0.0, 0.9)
         one_of("launcher", self.launcher, LAUNCHERS)
+        one_of("components", self.components, ("model", "all"))
 
 
 @dataclass

@@ -238,6 +238,7 @@ def _write_model(session: Session) -> None:
         teacher_noise_sigma=config.method.teacher_noise_sigma,
         teacher_noise_clip=config.method.teacher_noise_clip,
         uncertainty=config.method.uncertainty,
+        whole=plan.whole,
     )
     references = None
     if session.references is not None:

@@ -157,6 +157,7 @@ def _cell(
         split=suite.split,
         network=suite.network,
         overlap=suite.overlap,
+        components="all",  # islands are a method's; the tables show both readings
         logging=LoggingConfig(progress=False),
     )
     return Cell(row.name, labels.name, seed, composed, evaluation, None if parent is None else parent.name)
@@ -205,6 +206,7 @@ def evaluate_cell(config: EvaluateConfig) -> dict[str, Any]:
         name=config.split,
         network=config.network,
         overlap=config.overlap,
+        components=config.components,
         executor=LocalExecutor(1),
         progress=False,
     )

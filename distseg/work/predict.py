@@ -27,6 +27,7 @@ from distseg.data.label_output import KINDS
 from distseg.data.nifti import write_nifti
 from distseg.data.plane_spool import PlaneSpool
 from distseg.errors import DataError, InputError
+from distseg.evaluation.metrics import largest_components
 from distseg.inference.label_scan import LabelRule
 from distseg.inference.whole_scan import ScanIntensity, cached_model, model_fingerprint, segment_scan, use_threads
 from distseg.work.executor import Executor, available_cores
@@ -35,7 +36,7 @@ from distseg.work.label_task import label_open_scan, rule_of
 from distseg.work.predict_inputs import Input, find_inputs, is_nifti
 
 RECORD = ".distseg.json"
-RECORDED = ("model", "network", "overlap", "label", "input_sha256")
+RECORDED = ("model", "network", "overlap", "components", "label", "input_sha256")
 
 
 @dataclass
@@ -76,6 +77,7 @@ def predict_files(
     output: str,
     network: str,
     overlap: float,
+    components: str,
     executor: Executor,
     label: LabelRuleConfig | None = None,
     progress: bool = True,
@@ -89,11 +91,16 @@ def predict_files(
     """
     fingerprint = model_fingerprint(run)
     inputs, failures, notes = find_inputs(Path(input), Path(output))
-    made_by = {"model": fingerprint, "network": network, "overlap": overlap, "label": None}
+    made_by = {"model": fingerprint, "network": network, "overlap": overlap, "components": components, "label": None}
     rule = None
     if label is not None:
         rule = rule_of(label, cached_model(run, fingerprint)[0].info)
-        made_by |= {"network": "teacher", "overlap": label.overlap, "label": dataclasses.asdict(rule)}
+        made_by |= {
+            "network": "teacher",
+            "overlap": label.overlap,
+            "components": "all",
+            "label": dataclasses.asdict(rule),
+        }
     record = None if is_nifti(Path(output)) else Path(output) / RECORD
     existing = {one.mask: one for one in inputs if one.mask.exists()}
     _refuse_others_masks(existing, made_by, record)
@@ -162,7 +169,8 @@ def _predict_file(task: _Task) -> _Made:
             overlap=task.made_by["overlap"],
             device=device,
         )
-        write_nifti(task.staged, volume.native.from_canonical(masks[network]), volume.native)
+        mask = largest_components(masks[network], values=model.info.whole_values(task.made_by["components"]))
+        write_nifti(task.staged, volume.native.from_canonical(mask), volume.native)
     return _Made(task.mask, task.staged, {**task.made_by, "input_sha256": input_sha256})
 
 
