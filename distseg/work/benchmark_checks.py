@@ -29,7 +29,7 @@ from distseg.training.plan import choose_labelled, make_plan
 from distseg.training.run import RunDirectory, write_atomic
 from distseg.work.benchmark_borrow import FinishedCells, how_measured
 from distseg.work.benchmark_cells import Cell, make_cells
-from distseg.work.claim import claim
+from distseg.work.owner import owning
 
 FORMAT = 1
 _HEAD = "# What this directory was made with: `distseg benchmark` refuses another suite or a changed cohort here.\n"
@@ -93,7 +93,7 @@ def prepare(config: BenchmarkConfig) -> Benchmark:
 def claimed(config: BenchmarkConfig, benchmark: Benchmark) -> Iterator[Path]:
     """Write RUN/benchmark.yaml and hold the directory: a second `distseg benchmark` in it is refused meanwhile."""
     folder = Path(config.run)
-    with claim(folder, "benchmark"):
+    with owning(folder / ".lock", what="benchmark", name=folder):
         write_atomic(folder / "benchmark.yaml", _HEAD + yaml.safe_dump(dict(benchmark.record), sort_keys=False))
         yield folder
 

@@ -123,7 +123,6 @@ def writing(cohort: Path) -> Iterator[Path]:
 
     COHORT.lock names the owner; see `distseg.work.owner`.
     """
-    cohort.parent.mkdir(parents=True, exist_ok=True)
     staging = beside(cohort, "staging")
     with owning(beside(cohort, "lock"), what="cohort", name=cohort):
         shutil.rmtree(staging, ignore_errors=True)  # what a killed owner left

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import shutil
@@ -34,6 +33,7 @@ from distseg.work.benchmark import run_benchmark, waves
 from distseg.work.benchmark_cells import Cell, cell_name, make_cells
 from distseg.work.benchmark_slices import pick_scans
 from distseg.work.executor import LocalExecutor
+from distseg.work.owner import owning
 
 ROWS = ("supervised", "uamt", "embedding_matching")
 DICE = {"phase_a": 0.2, "supervised": 0.5, "uamt": 0.6, "embedding_matching": 0.7}
@@ -455,11 +455,9 @@ def test_a_directory_keeps_its_suite_and_cohort(start: Callable[..., Any], cohor
 
 
 def test_a_second_benchmark_in_the_directory_is_refused(start: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    with (tmp_path / "run/.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another benchmark is at work here"):
-            start(Fakes())
+    refused = pytest.raises(InputError, match=r"run: another process writes this benchmark \(got host")
+    with owning(tmp_path / "run/.lock", what="benchmark", name="run"), refused:
+        start(Fakes())
     (tmp_path / "run/config.yaml").write_text("")
     with pytest.raises(RunMismatchError, match="a training run lives here"):
         start(Fakes())
