@@ -7,7 +7,18 @@ import importlib
 import json
 from pathlib import Path
 
-BENCHMARKS = ("step", "step_growth", "methods", "index", "embeddings", "bank", "scaling")
+BENCHMARKS = (
+    "step",
+    "step_growth",
+    "methods",
+    "index",
+    "embeddings",
+    "bank",
+    "scaling",
+    "ingest",
+    "patches",
+    "open_cohort",
+)
 OPTIONS = {"index": ("large",), "embeddings": ("trained", "cohort")}  # which of the arguments a benchmark takes
 
 
