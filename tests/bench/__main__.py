@@ -19,7 +19,11 @@ BENCHMARKS = (
     "patches",
     "open_cohort",
 )
-OPTIONS = {"index": ("large",), "embeddings": ("trained", "cohort")}  # which of the arguments a benchmark takes
+OPTIONS = {
+    "index": ("large",),
+    "embeddings": ("trained", "cohort"),
+    "patches": ("data",),
+}  # which of the arguments a benchmark takes
 
 
 def main() -> None:
@@ -29,6 +33,7 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="index: 10 million references too, minutes and 6 GB")
     parser.add_argument("--trained", metavar="RUN", help="embeddings: the run whose model embeds; without one, skipped")
     parser.add_argument("--cohort", help="embeddings: the cohort it trained on")
+    parser.add_argument("--data", help="patches: a folder that keeps the scans made (10 GB) for the next time")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(BENCHMARKS))
     if unknown:
