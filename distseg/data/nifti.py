@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from distseg.data.digest import file_size
 from distseg.data.limits import MAX_DEFLATE_RATIO, check_size
+from distseg.data.values import distinct, is_whole, read_narrow
 from distseg.data.volume import Affine, NativeGrid, Shape, Volume, shape3
 from distseg.errors import DataError
 
@@ -31,8 +32,7 @@ def read_nifti(path: str | Path, *, modality: str | None = None) -> Volume:
     """
     native, array = _read(Path(path))
     if modality is None:
-        whole = np.issubdtype(array.dtype, np.integer) or bool(np.all(array == np.rint(array)))
-        modality = "CT" if whole and float(array.min()) <= CT_MINIMUM_HU else "unknown"
+        modality = "CT" if float(array.min()) <= CT_MINIMUM_HU and is_whole(array) else "unknown"
     return Volume(native.to_canonical(array), native.geometry, native, modality)
 
 
@@ -43,7 +43,7 @@ def read_label(path: str | Path, *, image: Volume, classes: Mapping[str, int]) -
     path = Path(path)
     native, array = _read(path)
     label = label_on_image(path.name, native, array, image=image)
-    values = np.unique(label)
+    values = distinct(label)
     if not np.array_equal(values, np.rint(values)):
         wrong = values[values != np.rint(values)][0]
         raise DataError("label values are not whole numbers", where=path.name, value=wrong, rule="one class a voxel")
@@ -51,7 +51,7 @@ def read_label(path: str | Path, *, image: Volume, classes: Mapping[str, int]) -
     if unknown:
         rule = f"values of the classes {dict(classes)}"
         raise DataError("label holds unknown classes", where=path.name, value=unknown[:5], rule=rule)
-    return label.astype(np.uint8)
+    return label.astype(np.uint8, copy=False)
 
 
 def read_masks(
@@ -63,7 +63,7 @@ def read_masks(
     for name, path in masks:
         native, array = _read(path)
         mask = label_on_image(path.name, native, array, image=image)
-        values = np.unique(mask)
+        values = distinct(mask)
         if len(values[values != 0]) > 1:
             rule = "0 outside the structure, one other value inside"
             raise DataError("not a binary mask", where=path.name, value=values[:5].tolist(), rule=rule)
@@ -136,13 +136,14 @@ def _stream(header: Any, array: npt.NDArray[Any], file: Any) -> None:
 
 
 def _read(path: Path) -> tuple[NativeGrid, npt.NDArray[Any]]:
-    """Grid and values in native axis order, every value finite."""
+    """Grid and values in native axis order, of the narrowest type, every value finite."""
     name = path.name
     file_nbytes = file_size(path)
     if file_nbytes == 0:
         raise DataError("empty file", where=name, value="0 bytes", fix="copy it again")
     try:
-        image: Any = nib.load(path)
+        # No memory map: its pages would count as this process' memory. One open file: slabs go on where the last ended.
+        image: Any = nib.load(path, mmap=False, keep_file_open=True)
         full_shape = tuple(int(n) for n in image.header.get_data_shape())
         dtype = np.dtype(image.header.get_data_dtype())
     except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError, ValueError, OverflowError) as error:
@@ -151,16 +152,14 @@ def _read(path: Path) -> tuple[NativeGrid, npt.NDArray[Any]]:
     shape = _check_header(name, full_shape, dtype, file_nbytes)
     affine = np.asarray(image.affine, np.float64)
     check_affine(name, affine)
+    native = NativeGrid(shape, affine)
     try:
-        array = np.asanyarray(image.dataobj).reshape(shape)
+        array = read_narrow(image.dataobj, native, name=name)
     except (EOFError, OSError, zlib.error, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError("truncated or damaged", where=name, value=error, fix="copy it again") from error
-    if np.issubdtype(array.dtype, np.floating):
-        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-        if bad:
-            fix = "replace them, for example by the scan's minimum"
-            raise DataError("NaN or infinite voxels", where=name, value=bad, rule="every voxel a number", fix=fix)
-    return NativeGrid(shape, affine), array
+    return native, array
 
 
 def _check_header(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], file_nbytes: int) -> Shape:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 BENCHMARKS = (
     "step", "step_growth", "precision", "methods", "index", "embeddings", "bank", "scaling", "label", "label_ledger",
+    "ingest", "patches", "open_cohort",
 )  # fmt: skip
 OPTIONS = {
     "index": ("large",),
     "embeddings": ("trained", "cohort"),
     "precision": ("trained", "cohort"),
     "label": ("trained", "cohort"),
+    "patches": ("data",),
 }  # which of the arguments a benchmark takes
 
 
@@ -27,6 +29,7 @@ def main() -> None:
         "--trained", metavar="RUN", help="embeddings, precision, label: a finished run whose model is looked at"
     )
     parser.add_argument("--cohort", help="embeddings, precision, label: a cohort of its kind")
+    parser.add_argument("--data", help="patches: a folder that keeps the scans made (10 GB) for the next time")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(BENCHMARKS))
     if unknown:
