@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import struct
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,15 @@ from distseg.data.volume import Affine, NativeGrid, Shape, Volume, shape3
 from distseg.errors import DataError
 
 CT_MINIMUM_HU = -500.0
+MAX_OFFSET_NBYTES = 2**26  # of comments between a header and its voxels
+MAX_REST_NBYTES = 2**24  # of whatever follows the voxels of a compressed file
+_PIECE_NBYTES = 2**20
+# What nibabel and gzip raise on damaged files: nibabel checks some of a header and lets numpy's own errors through.
+DAMAGE = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError, OSError, TypeError,
+    ValueError, struct.error, zlib.error, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
+    nib.spatialimages.HeaderTypeError, nib.wrapstruct.WrapStructError,
+)  # fmt: skip
 LABEL_GRID_TOLERANCE = 0.1  # share of the smallest voxel size by which a corner of the label's grid may be off
 
 
@@ -142,24 +152,62 @@ def _read(path: Path) -> tuple[NativeGrid, npt.NDArray[Any]]:
     if file_nbytes == 0:
         raise DataError("empty file", where=name, value="0 bytes", fix="copy it again")
     try:
-        # No memory map: its pages would count as this process' memory. One open file: slabs go on where the last ended.
-        image: Any = nib.load(path, mmap=False, keep_file_open=True)
-        full_shape = tuple(int(n) for n in image.header.get_data_shape())
-        dtype = np.dtype(image.header.get_data_dtype())
-    except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError, ValueError, OverflowError) as error:
-        why = str(error).replace(str(path), name) or "truncated"  # folder names are names of patients
-        raise DataError("not readable as NIfTI", where=name, value=why, fix="copy or convert it again") from error
-    shape = _check_header(name, full_shape, dtype, file_nbytes)
-    affine = np.asarray(image.affine, np.float64)
-    check_affine(name, affine)
-    native = NativeGrid(shape, affine)
-    try:
-        array = read_narrow(image.dataobj, native, name=name)
-    except (EOFError, OSError, zlib.error, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError("truncated or damaged", where=name, value=error, fix="copy it again") from error
+        # One open file: each slab goes on where the last ended, which is all that a compressed file can do.
+        with nib.openers.ImageOpener(str(path)) as file:
+            header = _header(file, name)
+            native = _native_grid(header, name, file_nbytes)
+            # No memory map: its pages would count as this process' memory.
+            voxels: Any = nib.arrayproxy.ArrayProxy(file, header, mmap=False)  # type: ignore[no-untyped-call]
+            array = read_narrow(voxels, native, name=name)
+            if name.lower().endswith(".gz"):
+                _read_to_end(file, name)
+    except DataError:
+        raise
+    except DAMAGE as error:
+        # Not the folder: its name may be a patient's.
+        why = str(error).replace(str(path), name) or type(error).__name__
+        raise DataError("truncated or damaged", where=name, value=why, fix="copy or convert it again") from error
     return native, array
+
+
+def _header(file: Any, name: str) -> Any:
+    """NIfTI-1 or -2. Extensions are passed over unread: they hold free text, and a size that nothing bounds."""
+    log, was_disabled = nib.imageglobals.logger, nib.imageglobals.logger.disabled
+    try:
+        block: bytes = file.read(nib.Nifti2Header.sizeof_hdr)
+        kinds: tuple[Any, ...] = (nib.Nifti1Header, nib.Nifti2Header)
+        for kind in kinds:
+            if kind.may_contain_header(block):
+                log.disabled = True  # it tells the terminal what it mends, and not in which file
+                return kind(block[: kind.sizeof_hdr])
+        why = "another kind of file"
+    except DAMAGE as error:
+        why = str(error) or "truncated"
+    finally:
+        log.disabled = was_disabled
+    raise DataError("not readable as NIfTI", where=name, value=why, fix="copy or convert it again")
+
+
+def _native_grid(header: Any, name: str, file_nbytes: int) -> NativeGrid:
+    """Refuses a header that is damaged before anything of the size that it claims is read."""
+    shape = tuple(int(n) for n in header.get_data_shape())
+    shape = _check_header(name, shape, np.dtype(header.get_data_dtype()), file_nbytes)
+    affine = np.asarray(header.get_best_affine(), np.float64)
+    check_affine(name, affine)
+    offset = header.get_data_offset()
+    if not header.sizeof_hdr < offset <= MAX_OFFSET_NBYTES:
+        rule = "voxels after the header, in the same file"
+        raise DataError("voxels at an unusable place", where=name, value=f"byte {offset}", rule=rule)
+    return NativeGrid(shape, affine)
+
+
+def _read_to_end(file: Any, name: str) -> None:
+    """A gzip file's checksum stands at its end, and is checked by who reads so far."""
+    for _ in range(MAX_REST_NBYTES // _PIECE_NBYTES):
+        if not file.read(_PIECE_NBYTES):
+            return
+    rule = f"at most {MAX_REST_NBYTES} bytes after the voxels"
+    raise DataError("file holds more than its header claims", where=name, rule=rule, fix="copy or convert it again")
 
 
 def _check_header(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], file_nbytes: int) -> Shape:

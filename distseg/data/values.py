@@ -16,6 +16,7 @@ from distseg.data.volume import ArrayLike3D, NativeGrid
 from distseg.errors import DataError
 
 SLAB_VOXELS = 2**22  # 32 MiB while a slab is float64
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 LADDER: tuple[npt.DTypeLike, ...] = (np.uint8, np.int16, np.float32)
 INT16_OR_FLOAT: tuple[npt.DTypeLike, ...] = (np.int16, np.float32)
 
@@ -63,13 +64,13 @@ def read_narrow(source: Any, native: NativeGrid, *, name: str) -> npt.NDArray[An
         values = np.asanyarray(source[(slice(None), slice(None), part)])
         values = values.reshape(*native.shape[:2], part.stop - part.start)
         if values.dtype.kind == "f":
-            bad += values.size - int(np.count_nonzero(np.isfinite(values)))
+            bad += values.size - int(np.count_nonzero(np.abs(values) <= FLOAT32_MAX))  # of NaN that is False
             if bad:
                 continue  # counted to the end, stored no more
         result.put(_along(axis, part, native), native.canonical_view(values))
     if bad:
-        fix = "replace them, for example by the scan's minimum"
-        raise DataError("NaN or infinite voxels", where=name, value=bad, rule="every voxel a number", fix=fix)
+        rule, fix = "every voxel a number that float32 holds", "replace them, for example by the scan's minimum"
+        raise DataError("NaN or infinite voxels", where=name, value=bad, rule=rule, fix=fix)
     return native.native_view(result.array)
 
 

@@ -11,7 +11,7 @@ Keys, for SIDE in 64, 96, 128; ours is TensorStore where it is installed:
   patch_SIDE.over_blosc2        float32 .b2nd in blocks and chunks as nnU-Net lays them out for a 96^3 patch, zstd-8
   patch_SIDE.over_blosc2_int16  the same of our int16: the format alone
   patch_SIDE.over_memmap        uncompressed int16 by numpy.memmap, copied
-  patch_SIDE.over_persistent    MONAI: PersistentDataset's cached volume loaded, then cropped at random
+  patch_SIDE.over_persistent    MONAI's PersistentDataset over LoadImaged, RandSpatialCropd; its boxes are its own
   patch_SIDE.cold.over_*        cold
   patches.store_over_raw, patches.nii_gz_over_raw, patches.blosc2_over_raw    bytes on disk
 """
@@ -28,8 +28,9 @@ from typing import Any
 import blosc2
 import nibabel as nib
 import numpy as np
-import torch
 import zarr
+from monai.data import PersistentDataset
+from monai.transforms import Compose, LoadImaged, RandSpatialCropd
 from rich.console import Console
 from rich.table import Table
 
@@ -70,7 +71,6 @@ def _make(root: Path) -> None:
         write_array(group, "0", image)
         nib.openers.Opener.default_compresslevel = 1
         nib.save(nib.Nifti1Image(image.T, LPS_FROM_VOXELS), root / f"{number}.nii.gz")
-        torch.save({"image": torch.from_numpy(image)}, root / f"{number}.pt")
         for name, array in (("blosc2", image.astype(np.float32)), ("blosc2_int16", image)):
             path = root / f"{number}.{name}.b2nd"
             path.unlink(missing_ok=True)
@@ -112,7 +112,15 @@ def _openers(root: Path) -> dict[str, Opener]:
         return opened
 
     def persistent(number: int) -> Callable[[Box], np.ndarray]:
-        return lambda box: torch.load(root / f"{number}.pt", weights_only=True)["image"][box].numpy()
+        def read(box: Box) -> np.ndarray:
+            side = box[0].stop - box[0].start
+            crop = RandSpatialCropd("image", roi_size=(side,) * 3, random_size=False)
+            load = LoadImaged("image", reader="NumpyReader", ensure_channel_first=True)
+            data = [{"image": str(root / f"{number}.npy")}]
+            item: Any = PersistentDataset(data, Compose([load, crop]), cache_dir=root / f"{number}.persistent")[0]
+            return np.asarray(item["image"])[0]
+
+        return read
 
     ours = {name: stored(name) for name in dict.fromkeys((reader_name(), "zarr"))}
     others = {"blosc2": blosc("blosc2"), "blosc2_int16": blosc("blosc2_int16"), "memmap": memmap}
@@ -155,7 +163,7 @@ def _box(start: np.ndarray, side: int) -> Box:
 
 def _files(root: Path, number: int, name: str) -> list[Path]:
     ending = {
-        "tensorstore": "zarr", "zarr": "zarr", "memmap": "npy", "nii_gz": "nii.gz", "persistent": "pt",
+        "tensorstore": "zarr", "zarr": "zarr", "memmap": "npy", "nii_gz": "nii.gz", "persistent": "persistent",
         "blosc2": "blosc2.b2nd", "blosc2_int16": "blosc2_int16.b2nd",
     }[name]  # fmt: skip
     path = root / f"{number}.{ending}"
