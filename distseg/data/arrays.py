@@ -10,6 +10,8 @@ DISTSEG_READER=zarr|tensorstore overrides the choice, for comparisons.
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import os
 from functools import cache
 from typing import Any
@@ -18,13 +20,19 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from distseg.data.limits import MAX_VOXELS
 from distseg.data.volume import ArrayLike3D
 from distseg.errors import ConfigError, DataError
 
 READERS = ("tensorstore", "zarr")
+# What a store may ask of its reader: no codec whose output has no bound (a blosc chunk is at most 2 GiB; zstd is for
+# samples, which are small), no chunk far beyond ours.
+CODECS = ("bytes", "sharding_indexed", "blosc", "zstd", "crc32c")
+MAX_CHUNK_NBYTES = 2**28
+MAX_METADATA_NBYTES = 2**20
 CACHE_NBYTES = 64 * 2**20  # shard indexes and the chunks of the last few patches
 # What the two libraries raise on damaged or missing data; zarr's codecs have no common base class.
-_UNREADABLE = (ValueError, RuntimeError, OSError, KeyError, TypeError)
+_UNREADABLE = (ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError, AttributeError)
 
 
 @cache
@@ -60,13 +68,35 @@ class StoredArray:
 
 
 def open_array(path: str, *, reader: str | None = None) -> StoredArray:
-    """Open by path, with one metadata file read. `reader` is one of READERS, None: the one there is."""
+    """Open by path. `reader` is one of READERS, None: the one there is. Raises DataError, naming the array, where it is
+    missing or damaged, or where its metadata would have more memory taken than any scan needs."""
     try:
+        _check_metadata(path)
         if "://" in path or (reader or reader_name()) == "zarr":
             return StoredArray(path, zarr.open_array(path, mode="r", zarr_format=3))
         return StoredArray(path, _TensorStore(path))
     except _UNREADABLE as error:
         raise _damaged(path, error) from error
+
+
+def _check_metadata(path: str) -> None:
+    """Refuse what only damage or malice writes, before a reader believes it. Raises ValueError."""
+    with open(f"{path}/zarr.json", encoding="utf-8") as file:
+        node = json.loads(file.read(MAX_METADATA_NBYTES))
+    shape, chunk = node["shape"], node["chunk_grid"]["configuration"]["chunk_shape"]
+    itemsize = np.dtype(node["data_type"]).itemsize
+    inner = [codec["configuration"] for codec in node["codecs"] if codec["name"] == "sharding_indexed"]
+    for what, sizes, most in (
+        ("shape", shape, MAX_VOXELS),
+        ("chunk_shape", chunk, MAX_CHUNK_NBYTES // itemsize),
+        *(("chunk_shape of a shard", sharding["chunk_shape"], MAX_CHUNK_NBYTES // itemsize) for sharding in inner),
+    ):
+        if not all(isinstance(n, int) and n >= 0 for n in sizes) or math.prod(sizes) > most:
+            raise ValueError(f"{what} {sizes}: at most {most} values")
+    codecs = [*node["codecs"], *(codec for sharding in inner for codec in sharding["codecs"])]
+    names = {str(codec["name"]) for codec in codecs} | ({"transformers"} if node.get("storage_transformers") else set())
+    if not names <= set(CODECS):
+        raise ValueError(f"codec {', '.join(sorted(names - set(CODECS)))}: one of {', '.join(CODECS)}")
 
 
 class _TensorStore:

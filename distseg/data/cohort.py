@@ -112,12 +112,12 @@ class Scan:
 
     @cached_property
     def image(self) -> StoredArray:
-        return self._array("0")
+        return self._on_grid("0")
 
     @cached_property
     def annotation(self) -> StoredArray | None:
         """The label on the stored grid, uint8; None where unlabelled."""
-        return self._array("labels/annotation/0") if self.attrs["labelled"] else None
+        return self._on_grid("labels/annotation/0") if self.attrs["labelled"] else None
 
     def native_annotation(self) -> npt.NDArray[np.uint8] | None:
         """The label [Z, Y, X] at native spacing, voxel for voxel the source's; None where unlabelled."""
@@ -173,6 +173,14 @@ class Scan:
     def _samples(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         voxels = np.asarray(self._array("samples/voxels")[...], np.int32)
         return voxels, np.asarray(self._array("samples/intensities")[...], np.float32)
+
+    def _on_grid(self, name: str) -> StoredArray:
+        array = self._array(name)
+        if array.shape != self.geometry.shape:
+            rule, fix = f"the scan's attributes say {self.geometry.shape}", "remove the scan, then ingest it again"
+            where = f"{self.scan_id}/{name}"
+            raise DataError("array and attributes differ in shape", where=where, value=array.shape, rule=rule, fix=fix)
+        return array
 
     def _array(self, name: str) -> StoredArray:
         return open_array(f"{self.path}/{name}")
@@ -273,9 +281,11 @@ def read_attrs(group: Path) -> dict[str, Any] | None:
 
 
 def check_version(attrs: Mapping[str, Any], where: Path) -> None:
-    if attrs.get("format_version") != FORMAT_VERSION:
-        got, rule = attrs.get("format_version"), f"format_version {FORMAT_VERSION}"
-        raise DataError("not a cohort of this version", where=where, value=got, rule=rule, fix="ingest it again")
+    got = attrs.get("format_version")
+    if got != FORMAT_VERSION:
+        newer = isinstance(got, int) and got > FORMAT_VERSION
+        rule, fix = f"format_version {FORMAT_VERSION}", "install a newer distseg" if newer else "ingest it again"
+        raise DataError("not a cohort of this version", where=where, value=got, rule=rule, fix=fix)
 
 
 def read_index(cohort: Path) -> dict[str, ScanRecord]:

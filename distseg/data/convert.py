@@ -6,7 +6,6 @@ process killed at any point leaves either the whole scan or none. One process wr
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -23,6 +22,7 @@ from distseg.data.body import find_body
 from distseg.data.cohort import ScanRecord
 from distseg.data.formats import Case
 from distseg.data.layout import image_attrs, write_array, write_labels, write_samples
+from distseg.data.limits import needing_room
 from distseg.data.regions import box_and_voxels, count_by_plane
 from distseg.data.values import INT16_OR_FLOAT, Narrowest, fits_int16, nonzero_mean_and_sd, slabs
 from distseg.data.volume import Geometry, Spacing, Volume, resample_box, target_geometry
@@ -86,20 +86,16 @@ def convert_scan(task: ScanTask) -> Converted:
     }
     staged = Path(task.staging) / f"{case.scan_id}-{uuid.uuid4().hex[:8]}"
     try:
-        group = zarr.create_group(staged, zarr_format=3, attributes=image_attrs(stored))
-        write_array(group, "0", image)
-        if annotation is not None:
-            native = (label, volume.geometry) if resampled else None
-            write_labels(group, annotation=annotation, stored=stored, native=native, classes=task.classes)
-        write_samples(group, voxels, intensities)
-        group.update_attributes(attrs)
-        group.update_attributes({"complete": True})
-        _put_in_place(staged, Path(task.cohort) / case.scan_id, Path(task.staging))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        fix = "make room, then give the same command again"
-        raise DataError("no room left for this scan", where=case.scan_id, value=error.strerror, fix=fix) from error
+        with needing_room("for this scan", case.scan_id):
+            group = zarr.create_group(staged, zarr_format=3, attributes=image_attrs(stored))
+            write_array(group, "0", image)
+            if annotation is not None:
+                native = (label, volume.geometry) if resampled else None
+                write_labels(group, annotation=annotation, stored=stored, native=native, classes=task.classes)
+            write_samples(group, voxels, intensities)
+            group.update_attributes(attrs)
+            group.update_attributes({"complete": True})
+            _put_in_place(staged, Path(task.cohort) / case.scan_id, Path(task.staging))
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return Converted(record_of(case.scan_id, attrs), written=True)

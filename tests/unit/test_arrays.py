@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +82,38 @@ def test_what_is_missing_or_damaged_is_one_line(
         _ = open_array(str(tmp_path / "patient/scan/0"))[:64, 36:64, :64]
     assert "\n" not in str(caught.value)
     assert str(tmp_path) not in str(caught.value)
+
+
+def change(node: Any, path: str, value: object) -> None:
+    *way, last = path.split("/")
+    for key in way:
+        node = node[int(key) if isinstance(node, list) else key]
+    node[int(last) if isinstance(node, list) else last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("shape", [10**4] * 3, r"shape \[10000, 10000, 10000\]: at most 8589934592 values"),
+        ("shape", [-1, 5, 5], "shape"),
+        ("chunk_grid/configuration/chunk_shape", [10**4] * 3, r"chunk_shape \[10000, 10000, 10000\]"),
+        ("codecs/0/configuration/chunk_shape", [2**10] * 3, "chunk_shape of a shard"),
+        ("codecs/0/configuration/codecs/1", {"name": "gzip", "configuration": {"level": 9}}, "codec gzip: one of"),
+        ("storage_transformers", [{"name": "x"}], "codec transformers"),
+        ("codecs", None, "not iterable"),
+        ("data_type", "a thousand floats", "not understood"),
+    ],
+)
+def test_metadata_that_asks_for_too_much_is_refused_unread(
+    stored: dict[type, tuple[Path, np.ndarray]], reader: str, tmp_path: Path, path: str, value: object, message: str
+) -> None:
+    shutil.copytree(stored[np.int16][0], tmp_path / "scan/0")
+    metadata = tmp_path / "scan/0/zarr.json"
+    node = json.loads(metadata.read_text())
+    change(node, path, value)
+    metadata.write_text(json.dumps(node))
+    with pytest.raises(DataError, match=rf"scan/0: array of the store cannot be read \(got .*{message}"):
+        open_array(str(tmp_path / "scan/0"))
 
 
 def test_reader_is_chosen_by_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
