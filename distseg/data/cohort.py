@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,8 +23,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
+from distseg.data.arrays import StoredArray, open_array
 from distseg.data.nifti import write_nifti
 from distseg.data.volume import Geometry, NativeGrid, Shape, Spacing, shape3, spacing3
 from distseg.errors import DataError, InputError
@@ -93,10 +94,6 @@ class Scan:
     scan_id: str
 
     @cached_property
-    def _group(self) -> zarr.Group:
-        return zarr.open_group(self.path, mode="r", zarr_format=3)
-
-    @cached_property
     def attrs(self) -> dict[str, Any]:
         attrs = read_attrs(Path(self.path))
         if attrs is None or attrs.get("complete") is not True:
@@ -114,13 +111,13 @@ class Scan:
         return NativeGrid.from_json(self.attrs["native"])
 
     @cached_property
-    def image(self) -> zarr.Array[Any]:
-        return self._array("0")
+    def image(self) -> StoredArray:
+        return self._on_grid("0")
 
     @cached_property
-    def annotation(self) -> zarr.Array[Any] | None:
+    def annotation(self) -> StoredArray | None:
         """The label on the stored grid, uint8; None where unlabelled."""
-        return self._array("labels/annotation/0") if self.attrs["labelled"] else None
+        return self._on_grid("labels/annotation/0") if self.attrs["labelled"] else None
 
     def native_annotation(self) -> npt.NDArray[np.uint8] | None:
         """The label [Z, Y, X] at native spacing, voxel for voxel the source's; None where unlabelled."""
@@ -177,9 +174,16 @@ class Scan:
         voxels = np.asarray(self._array("samples/voxels")[...], np.int32)
         return voxels, np.asarray(self._array("samples/intensities")[...], np.float32)
 
-    def _array(self, name: str) -> zarr.Array[Any]:
-        # Opened by path: asking the group for a nested array reads every zarr.json on the way.
-        return zarr.open_array(f"{self.path}/{name}", mode="r", zarr_format=3)
+    def _on_grid(self, name: str) -> StoredArray:
+        array = self._array(name)
+        if array.shape != self.geometry.shape:
+            rule, fix = f"the scan's attributes say {self.geometry.shape}", "remove the scan, then ingest it again"
+            where = f"{self.scan_id}/{name}"
+            raise DataError("array and attributes differ in shape", where=where, value=array.shape, rule=rule, fix=fix)
+        return array
+
+    def _array(self, name: str) -> StoredArray:
+        return open_array(f"{self.path}/{name}")
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,7 @@ class Cohort:
         if not index_path(root).is_file():
             fix = f"run distseg cohort cohort={root} action=repair"
             raise DataError("the cohort's index is missing", where=index_path(root), fix=fix)
-        records = sorted(read_index(root).values(), key=lambda record: record.scan_id)
+        records = sorted(read_index(root).values(), key=_scan_id)
         spacing = attrs.get("spacing_mm")
         return cls(
             path=str(root),
@@ -235,9 +239,14 @@ class Cohort:
         ]
 
     def scan(self, scan_id: str) -> Scan:
-        if all(record.scan_id != scan_id for record in self.records):
+        at = bisect.bisect_left(self.records, scan_id, key=_scan_id)
+        if at == len(self.records) or self.records[at].scan_id != scan_id:
             raise InputError("no such scan", where=self.path, value=scan_id, fix="see distseg cohort action=list")
         return Scan(str(Path(self.path) / scan_id), scan_id)
+
+
+def _scan_id(record: ScanRecord) -> str:
+    return record.scan_id
 
 
 def local_path(path: str | Path) -> Path:
@@ -272,9 +281,11 @@ def read_attrs(group: Path) -> dict[str, Any] | None:
 
 
 def check_version(attrs: Mapping[str, Any], where: Path) -> None:
-    if attrs.get("format_version") != FORMAT_VERSION:
-        got, rule = attrs.get("format_version"), f"format_version {FORMAT_VERSION}"
-        raise DataError("not a cohort of this version", where=where, value=got, rule=rule, fix="ingest it again")
+    got = attrs.get("format_version")
+    if got != FORMAT_VERSION:
+        newer = isinstance(got, int) and got > FORMAT_VERSION
+        rule, fix = f"format_version {FORMAT_VERSION}", "install a newer distseg" if newer else "ingest it again"
+        raise DataError("not a cohort of this version", where=where, value=got, rule=rule, fix=fix)
 
 
 def read_index(cohort: Path) -> dict[str, ScanRecord]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from distseg.data.cohort import ScanRecord, beside, index_path, read_index, read_lines
 from distseg.data.convert import record_of
+from distseg.data.limits import needing_room
 from distseg.errors import DataError
 from distseg.work.owner import owning
 
@@ -124,7 +125,10 @@ def writing(cohort: Path) -> Iterator[Path]:
     COHORT.lock names the owner; see `distseg.work.owner`.
     """
     staging = beside(cohort, "staging")
-    with owning(beside(cohort, "lock"), what="cohort", name=cohort):
+    with contextlib.ExitStack() as held:
+        held.enter_context(needing_room("on its disk", cohort))
+        cohort.parent.mkdir(parents=True, exist_ok=True)
+        held.enter_context(owning(beside(cohort, "lock"), what="cohort", name=cohort))
         shutil.rmtree(staging, ignore_errors=True)  # what a killed owner left
         staging.mkdir()
         try:

@@ -178,7 +178,7 @@ def test_a_scan_that_fails_is_listed_and_the_rest_is_written(
     run: str, cohort: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail_on_b(*args: Any, **kwargs: Any) -> Any:
-        if args[1].shape[2] and Path(str(args[1].store_path)).parts[-2] == "b":
+        if args[1].shape[2] and Path(args[1].path).parts[-2] == "b":
             raise DataError("damaged chunk")
         return whole_scan.segment_scan(*args, **kwargs)
 
