@@ -33,6 +33,8 @@ NOT_IDENTITY = (
     "matching.placement",
     "train.profile",
     "train.threads",
+    "train.stop_after_skipped",
+    "train.worker_timeout_s",
 )
 # Nor do these, of a method that does not match.
 ONLY_MATCHING = ("matching", "references")

@@ -288,6 +288,8 @@ class TrainConfig:
     profile: bool = False  # a trace and a table of a few steps in RUN/profile
     diagnostics: bool = False  # open hidden truth of unlabelled scans to measure matched_accuracy; never trains on it
     threads: int | None = None  # torch threads a worker; None: this machine's cores over its workers
+    stop_after_skipped: int = 5  # steps in a row: each whose loss or gradient is not finite is skipped and told
+    worker_timeout_s: int = 900  # others wait no longer for a worker; longer than compiling or a slow disk take
 
     def __post_init__(self) -> None:
         at_least("train.steps", self.steps, 1)
@@ -296,6 +298,8 @@ class TrainConfig:
         one_of("train.precision", self.precision, ("auto", "float32", "bfloat16", "float64"))
         between("train.ema_decay", self.ema_decay, 0.0, 1.0)
         at_least("train.validation_patches", self.validation_patches, 1)
+        at_least("train.stop_after_skipped", self.stop_after_skipped, 1)
+        at_least("train.worker_timeout_s", self.worker_timeout_s, 1)
         for name in ("slots_per_pass", "validate_every_steps", "threads"):
             if getattr(self, name) is not None:
                 at_least(f"train.{name}", getattr(self, name), 1)
@@ -303,13 +307,17 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    """A checkpoint every so many steps and at the end; the newest `keep` stay, and the best on validation."""
+    """A checkpoint every so many steps, every so many minutes and at the end; the newest `keep` stay, and the best on
+    validation."""
 
     every_steps: int = 100
+    every_minutes: float | None = 10.0
     keep: int = 2
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every_steps", self.every_steps, 1)
+        if self.every_minutes is not None:
+            between("checkpoint.every_minutes", self.every_minutes, 0.0, 1e5)
         at_least("checkpoint.keep", self.keep, 1)
 
 

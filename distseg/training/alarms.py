@@ -1,6 +1,6 @@
-"""Named warnings when predictions on unlabelled patches flood or collapse (METHOD traps 9 and 10).
+"""Named warnings when predictions on unlabelled patches flood or collapse (METHOD traps 9 and 10), or numbers end.
 
-Both compare means over the last `WINDOW` steps. An alarm is a function of the rows of metrics.jsonl alone, so a resumed
+The former compare means over the last `WINDOW` steps. An alarm is a function of the rows of metrics.jsonl alone, so a resumed
 run raises it where an undisturbed one would.
 """
 
@@ -21,6 +21,7 @@ MATCHED_LEAST = 1e-4  # of the unlabelled voxels: where fewer are matched, a han
 _SHARES = ("foreground_unlabelled", "foreground_target", "foreground_matched")
 
 TEXT = {
+    "alarm_not_finite": "not finite: a loss or a gradient; such steps are skipped, metrics.jsonl says which scans",
     "alarm_flood": "flood: the student calls {foreground_unlabelled:.0%} of unlabelled patches foreground, "
     "labelled ones hold {foreground_target:.0%}; its teacher may be confirming its own excess",
     "alarm_matched_flood": "flood of matched labels: {foreground_matched:.0%} of the voxels the teacher is unsure of "
@@ -37,13 +38,11 @@ class Alarms:
         self._rows: deque[Mapping[str, Any]] = deque(earlier, maxlen=WINDOW)
 
     def of(self, row: Mapping[str, Any]) -> dict[str, int]:
-        """Alarm name -> 1, for those that sound at this row; nothing before `WINDOW` rows are there."""
+        """Alarm name -> 1, for those that sound at this row; of shares none before `WINDOW` rows are there."""
         self._rows.append(row)
-        if len(self._rows) < WINDOW:
-            return {}
-        means = window_means(self._rows)
+        sounding = {"alarm_not_finite": "not_finite" in row}
+        means = window_means(self._rows) if len(self._rows) == WINDOW else {}
         predicted, target = means.get("foreground_unlabelled"), means.get("foreground_target")
-        sounding = {}
         if predicted is not None and target:
             sounding["alarm_flood"] = predicted > FLOOD_RATIO * target
             sounding["alarm_collapse"] = predicted < COLLAPSE_RATIO * target

@@ -45,6 +45,8 @@ class TerminalReporter:
         for name in [n for n in row if n.startswith("alarm_") and n not in self._told]:
             self._told.add(name)
             self.note(alarm_text(name, self._rows))
+        if "not_finite" in row:
+            self.note(f"step {row['step']} skipped: {row['not_finite']}")
         self._progress.update(self._task, total=total_steps, completed=row["step"], figures=figures(row))
 
     def checkpoint(self, step: int) -> None:
@@ -57,8 +59,8 @@ class TerminalReporter:
 
 def figures(row: Mapping[str, Any]) -> str:
     """The handful of numbers worth a glance: loss, share of sure voxels, validation Dice, seconds a step."""
-    parts = [f"loss {row['loss']:.2f}"]
-    for key, label in (("coverage_reliable", "sure"), ("val_dice", "Dice")):
+    parts = []
+    for key, label in (("loss", "loss"), ("coverage_reliable", "sure"), ("val_dice", "Dice")):
         if row.get(key) is not None:
             parts.append(f"{label} {row[key]:.2f}")
     if row.get("time_step_s") is not None:
