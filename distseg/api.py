@@ -221,14 +221,16 @@ def predict(
     overlap: float | None = None,
     components: Literal["model", "all"] | None = None,
     label: LabelRuleConfig | None = None,
+    format: Literal["nifti", "dicom_seg"] | None = None,
     launcher: Launcher | None = None,
     workers: int | None = None,
     progress: bool | None = None,
 ) -> PredictReport:
     """Segment one file, a folder of NIfTI or the DICOM series below a folder; each mask lies in its input's own grid.
 
-    `by="label"` gives what `distseg label` would, by the rule `label`, in place of the network's argmax. Raises
-    FinishedWithFailures with the files that could not be segmented; the other masks are written.
+    `by="label"` gives what `distseg label` would, by the rule `label`, in place of the network's argmax;
+    `format="dicom_seg"` a DICOM-SEG that refers to its series (distseg[io]). Raises FinishedWithFailures with the files
+    that could not be segmented; the other masks are written.
     """
     return predict_from_config(_config(PredictConfig, locals()))
 
@@ -246,6 +248,7 @@ def predict_from_config(config: PredictConfig) -> PredictReport:
             overlap=config.overlap,
             components=config.components,
             label=config.label if config.by == "label" else None,
+            format=config.format,
             executor=executor,
             progress=config.logging.progress,
         )

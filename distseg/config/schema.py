@@ -17,6 +17,7 @@ LAUNCHERS = ("ray", "local")
 # What training measures on validation patches, keys of metrics.jsonl, and whether more of it is better.
 OBJECTIVES = {"val_dice": "max"}
 EXPORT_FORMATS = ("monai_bundle", "onnx", "torchscript")
+MASK_FORMATS = ("nifti", "dicom_seg")
 
 
 @dataclass
@@ -615,12 +616,14 @@ class PredictConfig:
     overlap: float = 0.5  # by=network
     components: str = "model"  # by=network; model: filtered as the run's postprocess.components said; all: not filtered
     label: LabelRuleConfig = field(default_factory=LabelRuleConfig)  # by=label
+    format: str = "nifti"  # dicom_seg: of DICOM series; names patient and study, as the standard has it (distseg[io])
     launcher: str = "local"
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         one_of("by", self.by, ("network", "label"))
+        one_of("format", self.format, MASK_FORMATS)
         one_of("network", self.network, ("student", "teacher"))
         between("overlap", self.overlap, 0.0, 0.9)
         one_of("launcher", self.launcher, LAUNCHERS)
