@@ -37,6 +37,7 @@ from distseg.data.cohort import Cohort
 from distseg.data.intensity import Intensity
 from distseg.data.nifti import read_nifti
 from distseg.data.phantom import make_phantom
+from distseg.errors import FinishedWithFailures
 from distseg.inference import teacher_passes
 from distseg.inference.model import ModelInfo, build_network, save_model
 from distseg.inference.whole_scan import cached_model, model_fingerprint
@@ -146,11 +147,13 @@ class _Bench:
             facts.append(made.facts)
             return made
 
-        label_cohort(
+        report = label_cohort(
             run=self.run, cohort=str(cohort or self.images), output=str(output), settings=settings or self.settings,
             executor=executor or LocalExecutor(1, at_once=2), progress=False,
             labeller=label_one if executor else labeller,
         )  # fmt: skip
+        if report.set_aside:
+            raise FinishedWithFailures("the bench's own scans", report.set_aside)
         return facts
 
     def _threshold_of(self, share: float) -> float:
