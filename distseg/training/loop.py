@@ -64,7 +64,7 @@ def train_rank(
     leads = communicator.rank == 0
     if leads:
         session.run.cut_metrics(session.first_step - 1)
-        for note in session.plan.notes:
+        for note in (*session.plan.notes, f"patches are read by {reader_of(config.cohort)}"):
             reporter.note(note)
     if session.first_step <= config.train.steps:
         train_session(session, communicator, reporter)
