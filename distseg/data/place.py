@@ -1,8 +1,8 @@
 """Where a cohort lies: a folder of this file system, or what an fsspec URL names (s3://bucket/cohort.zarr).
 
-A place behind a URL is a universal_pathlib.UPath, which has the calls of pathlib.Path that are used here; it is typed as
-one. What a file system does by renaming, an object store does by putting one whole object: `write_text` is atomic on
-both. How to reach a store (keys, endpoint) is the backend's business: its environment variables and fsspec's configuration.
+A place behind a URL is a universal_pathlib.UPath, which has the calls of pathlib.Path that are used here; it is typed
+as one. What a file system does by renaming, an object store does by putting one whole object: `write_text` is atomic on
+both. How to reach a store (keys, endpoint) is the backend's business: its environment, fsspec's configuration.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distseg.config.schema import TrainRunConfig
+from distseg.data.arrays import reader_of
 from distseg.inference.model import ModelInfo, save_model
 from distseg.losses.schedules import threshold_nats
 from distseg.methods.base import At

@@ -184,7 +184,8 @@ def test_the_command_line_trains_from_s3(tmp_path: Path, s3_bucket: str) -> None
     (source / "splits.json").write_text(json.dumps({"train": ["a", "b"], "val": ["c"]}))
     small = [
         "launcher=local", "preset=small", "method=supervised", "train.steps=2", "train.batch_size=1",
-        "sampling.patch_zyx=[8,8,8]", "network.base_filters=2", "network.levels=2", f"cohort={url}", f"run={tmp_path / 'run'}",
+        "sampling.patch_zyx=[8,8,8]", "network.base_filters=2", "network.levels=2", "train.validation_patches=2",
+        f"cohort={url}", f"run={tmp_path / 'run'}",
     ]  # fmt: skip
     assert distseg_command("ingest", f"source={source}", f"cohort={url}", "resources.workers=2", "launcher=local") == 0
     assert distseg_command("cohort", f"cohort={url}") == 0
@@ -199,5 +200,5 @@ def test_the_command_line_trains_from_s3(tmp_path: Path, s3_bucket: str) -> None
 def distseg_command(*words: str) -> int:
     done = subprocess.run([sys.executable, "-m", "distseg.cli", *words], capture_output=True, text=True)
     assert "Traceback" not in done.stderr, done.stderr
-    print(words, done.stdout, done.stderr)
+    print(words, done.returncode, done.stdout, done.stderr)  # shown where a test fails
     return done.returncode
