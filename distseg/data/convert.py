@@ -45,8 +45,8 @@ class Known:
 
 @dataclass(frozen=True)
 class ScanTask:
-    """All that one worker needs for one scan; picklable. `staging` is on the store's file system; "" for a store behind a URL:
-    then a temporary folder of the worker's machine is taken."""
+    """All that one worker needs for one scan; picklable. `staging` is on the store's file system; "" for a store behind
+    a URL: then a temporary folder of the worker's machine is taken."""
 
     case: Case
     cohort: str

@@ -140,5 +140,5 @@ def _check_decoder(path: Path, syntax: UID) -> None:
         except NotImplementedError:
             available = False
     if not available:
-        fix = "pip install 'distseg[dicom]' (JPEG lossless and JPEG-LS), or convert it by gdcmconv --raw"
+        fix = "pip install 'distseg[io]' (JPEG lossless and JPEG-LS), or convert it by gdcmconv --raw"
         raise DataError("no decoder for its transfer syntax", where=path.name, value=syntax.name, fix=fix)
