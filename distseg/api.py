@@ -491,14 +491,17 @@ def _list(values: Sequence[float] | None) -> list[float] | None:
 
 
 def _absolute(config: Config, *names: str) -> Config:
-    """A copy of `config` whose paths `names` are absolute; None stays None."""
+    """A copy of `config` whose paths `names` are absolute; None stays None, and a cohort's URL as it is."""
     paths: dict[str, str] = {}
     for name in names:
         path = getattr(config, name)
         if path is None:
             continue
+        if "://" in path and name == "cohort":
+            paths[name] = path
+            continue
         if "://" in path:
-            rule = "a folder or file of this file system, mounted storage included"
+            rule = "a folder or file of this file system, mounted storage included; only cohort= may be a URL"
             raise ConfigError("not a local path", where=name, value=path, rule=rule, fix=f"set {name}=PATH")
         if not path.strip():
             raise ConfigError("empty path", where=name, fix=f"set {name}=PATH")

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import zarr
 
 from distseg.data.limits import MAX_VOXELS
+from distseg.data.place import as_place, is_url
 from distseg.data.volume import ArrayLike3D
 from distseg.errors import ConfigError, DataError
 
@@ -49,6 +50,12 @@ def reader_name() -> str:
     return wanted
 
 
+def reader_of(path: str) -> str:
+    """What a user is told: which of READERS reads the arrays of the cohort at `path`, and what would be faster."""
+    name = "zarr" if is_url(path) else reader_name()
+    return name if name == "tensorstore" or is_url(path) else f"{name} (distseg[io] brings TensorStore, faster)"
+
+
 class StoredArray:
     """An array of the store, read by box: `path`, `shape`, `dtype`, and `[...]` gives a numpy array.
 
@@ -72,7 +79,7 @@ def open_array(path: str, *, reader: str | None = None) -> StoredArray:
     missing or damaged, or where its metadata would have more memory taken than any scan needs."""
     try:
         _check_metadata(path)
-        if "://" in path or (reader or reader_name()) == "zarr":
+        if is_url(path) or (reader or reader_name()) == "zarr":
             return StoredArray(path, zarr.open_array(path, mode="r", zarr_format=3))
         return StoredArray(path, _TensorStore(path))
     except _UNREADABLE as error:
@@ -81,7 +88,7 @@ def open_array(path: str, *, reader: str | None = None) -> StoredArray:
 
 def _check_metadata(path: str) -> None:
     """Refuse what only damage or malice writes, before a reader believes it. Raises ValueError."""
-    with open(f"{path}/zarr.json", encoding="utf-8") as file:
+    with (as_place(path) / "zarr.json").open(encoding="utf-8") as file:
         node = json.loads(file.read(MAX_METADATA_NBYTES))
     shape, chunk = node["shape"], node["chunk_grid"]["configuration"]["chunk_shape"]
     itemsize = np.dtype(node["data_type"]).itemsize

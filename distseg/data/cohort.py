@@ -9,6 +9,8 @@
         samples/intensities float32 [n]
 /x/cohort.index.jsonl       a line a scan; of two lines for one scan the later counts; a cache that repair rebuilds
 /x/cohort.sources.jsonl     where each scan came from; never in the store
+
+/x may be an fsspec URL: s3://bucket/x.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import numpy.typing as npt
 
 from distseg.data.arrays import StoredArray, open_array
 from distseg.data.nifti import write_nifti
+from distseg.data.place import as_place, join, reachable
 from distseg.data.volume import Geometry, NativeGrid, Shape, Spacing, shape3, spacing3
 from distseg.errors import DataError, InputError
 
@@ -95,7 +98,7 @@ class Scan:
 
     @cached_property
     def attrs(self) -> dict[str, Any]:
-        attrs = read_attrs(Path(self.path))
+        attrs = read_attrs(as_place(self.path))
         if attrs is None or attrs.get("complete") is not True:
             fix = "run distseg cohort action=repair, then ingest again"
             raise DataError("scan is not complete in the store", where=self.scan_id, fix=fix)
@@ -199,7 +202,7 @@ class Cohort:
     @classmethod
     def open(cls, path: str | Path) -> Cohort:
         """Raises InputError where there is no cohort, DataError where its index is missing or of another version."""
-        root = local_path(path)
+        root = reachable(path)
         attrs = read_attrs(root)
         if attrs is None:
             raise InputError("no cohort there", where=root, fix="make one with distseg ingest source=... cohort=...")
@@ -242,18 +245,11 @@ class Cohort:
         at = bisect.bisect_left(self.records, scan_id, key=_scan_id)
         if at == len(self.records) or self.records[at].scan_id != scan_id:
             raise InputError("no such scan", where=self.path, value=scan_id, fix="see distseg cohort action=list")
-        return Scan(str(Path(self.path) / scan_id), scan_id)
+        return Scan(join(self.path, scan_id), scan_id)
 
 
 def _scan_id(record: ScanRecord) -> str:
     return record.scan_id
-
-
-def local_path(path: str | Path) -> Path:
-    """The cohort's folder, absolute. Raises InputError for a URL, which this version cannot store to."""
-    if "://" in str(path):
-        raise InputError("not a local path", where="cohort", value=path, rule="a folder of this file system")
-    return Path(path).expanduser().absolute()
 
 
 def beside(cohort: Path, ending: str) -> Path:

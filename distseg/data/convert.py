@@ -6,9 +6,10 @@ process killed at any point leaves either the whole scan or none. One process wr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 import shutil
+import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from distseg.data.cohort import ScanRecord
 from distseg.data.formats import Case
 from distseg.data.layout import image_attrs, write_array, write_labels, write_samples
 from distseg.data.limits import needing_room
+from distseg.data.place import as_place
+from distseg.data.publish import put_in_place
 from distseg.data.regions import box_and_voxels, count_by_plane
 from distseg.data.values import INT16_OR_FLOAT, Narrowest, fits_int16, nonzero_mean_and_sd, slabs
 from distseg.data.volume import Geometry, Spacing, Volume, resample_box, target_geometry
@@ -42,7 +45,8 @@ class Known:
 
 @dataclass(frozen=True)
 class ScanTask:
-    """All that one worker needs for one scan. `staging` is on the store's file system; picklable."""
+    """All that one worker needs for one scan; picklable. `staging` is on the store's file system; "" for a store behind
+    a URL: then a temporary folder of the worker's machine is taken."""
 
     case: Case
     cohort: str
@@ -84,8 +88,10 @@ def convert_scan(task: ScanTask) -> Converted:
         "native": volume.native.to_json(),
         "stored": stored.to_json(),
     }
-    staged = Path(task.staging) / f"{case.scan_id}-{uuid.uuid4().hex[:8]}"
-    try:
+    with contextlib.ExitStack() as later:
+        folder = task.staging or later.enter_context(tempfile.TemporaryDirectory(prefix="distseg-"))
+        staged = Path(folder) / f"{case.scan_id}-{uuid.uuid4().hex[:8]}"
+        later.callback(shutil.rmtree, staged, ignore_errors=True)
         with needing_room("for this scan", case.scan_id):
             group = zarr.create_group(staged, zarr_format=3, attributes=image_attrs(stored))
             write_array(group, "0", image)
@@ -95,9 +101,7 @@ def convert_scan(task: ScanTask) -> Converted:
             write_samples(group, voxels, intensities)
             group.update_attributes(attrs)
             group.update_attributes({"complete": True})
-            _put_in_place(staged, Path(task.cohort) / case.scan_id, Path(task.staging))
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+            put_in_place(staged, as_place(task.cohort) / case.scan_id)
     return Converted(record_of(case.scan_id, attrs), written=True)
 
 
@@ -193,12 +197,3 @@ def _describe(
         },
     }
     return attrs, voxels, intensities
-
-
-def _put_in_place(staged: Path, final: Path, staging: Path) -> None:
-    """Rename into the store; an older version of the scan goes first and is gone after."""
-    old = staging / f"{final.name}-old-{uuid.uuid4().hex[:8]}"
-    if final.exists():
-        os.rename(final, old)
-    os.rename(staged, final)
-    shutil.rmtree(old, ignore_errors=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distseg.config.schema import TrainRunConfig
+from distseg.data.arrays import reader_of
 from distseg.inference.model import ModelInfo, save_model
 from distseg.losses.schedules import threshold_nats
 from distseg.methods.base import At
@@ -65,7 +66,7 @@ def train_rank(
     leads = communicator.rank == 0
     if leads:
         session.run.cut_metrics(session.first_step - 1)
-        for note in session.plan.notes:
+        for note in (*session.plan.notes, f"patches are read by {reader_of(config.cohort)}"):
             reporter.note(note)
     if session.first_step <= config.train.steps:
         train_session(session, communicator, reporter)
