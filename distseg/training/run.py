@@ -106,6 +106,22 @@ class RunDirectory:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n")
 
+    def sync_metrics(self) -> None:
+        with self.metrics_file.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def metrics_from(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """Whole lines from byte `offset` on, and where they end, of a file that is being written to; from its beginning
+        where it was cut meanwhile."""
+        try:
+            with self.metrics_file.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                offset = file.seek(offset if offset <= size else 0)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return [], 0
+        return [json.loads(line) for line in whole.splitlines()], offset + len(whole) + len(newline)
+
     def last_metrics(self) -> dict[str, Any] | None:
         """The last whole line, read from the end of a file that may be long and still be written to."""
         try:

@@ -30,6 +30,7 @@ from distseg.data.nifti import write_nifti
 from distseg.data.plane_spool import PlaneSpool
 from distseg.data.volume import NativeGrid
 from distseg.errors import DataError
+from distseg.evaluation.metrics import largest_components
 from distseg.inference.label_scan import LabelRule
 from distseg.inference.whole_scan import ScanIntensity, cached_model, model_fingerprint, segment_scan, use_threads
 from distseg.work.executor import Executor, available_cores
@@ -78,6 +79,7 @@ def predict_files(
     output: str,
     network: str,
     overlap: float,
+    components: str,
     executor: Executor,
     label: LabelRuleConfig | None = None,
     format: str = "nifti",
@@ -95,11 +97,16 @@ def predict_files(
         require_highdicom()
         check_class_names(cached_model(run, fingerprint)[0].class_names)
     inputs, failures, notes = find_inputs(Path(input), Path(output), format)
-    made_by = {"model": fingerprint, "network": network, "overlap": overlap, "label": None}
+    made_by = {"model": fingerprint, "network": network, "overlap": overlap, "components": components, "label": None}
     rule = None
     if label is not None:
         rule = rule_of(label, cached_model(run, fingerprint)[0].info)
-        made_by |= {"network": "teacher", "overlap": label.overlap, "label": dataclasses.asdict(rule)}
+        made_by |= {
+            "network": "teacher",
+            "overlap": label.overlap,
+            "components": "all",
+            "label": dataclasses.asdict(rule),
+        }
     record = None if is_mask(Path(output), format) else Path(output) / RECORD
     existing = {one.mask: one for one in inputs if one.mask.exists()}
     refuse_others_masks(existing, made_by, record)
@@ -169,7 +176,8 @@ def _predict_file(task: _Task) -> _Made:
             overlap=task.made_by["overlap"],
             device=device,
         )
-        _write(task, volume.native.from_canonical(masks[network]), volume.native)
+        mask = largest_components(masks[network], values=model.info.whole_values(task.made_by["components"]))
+        _write(task, volume.native.from_canonical(mask), volume.native)
     return _Made(task.mask, task.staged, {**task.made_by, "input_sha256": input_sha256})
 
 

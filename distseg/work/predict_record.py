@@ -16,7 +16,7 @@ from distseg.errors import InputError
 from distseg.work.predict_inputs import Input
 
 RECORD = ".distseg.json"
-RECORDED = ("model", "network", "overlap", "label", "input_sha256")
+RECORDED = ("model", "network", "overlap", "components", "label", "input_sha256")
 
 
 def refuse_others_masks(existing: Mapping[Path, Input], made_by: Mapping[str, Any], record: Path | None) -> None:

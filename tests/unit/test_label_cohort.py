@@ -106,8 +106,11 @@ def test_what_is_written(undisturbed: Path, cohort_path: str) -> None:
             assert float(row[f"volume_ml_{name}"]) == pytest.approx(native_ml, rel=0.35, abs=3)
     with open(undisturbed / "next_to_label.csv") as file:
         chosen = list(csv.DictReader(file))
-    assert [row["by"] for row in chosen] == ["doubt_and_diversity"] * 3 + ["random"] * 3
-    assert chosen[0]["scan_id"] == rows[0]["scan_id"]
+    assert [row["by"] for row in chosen] == ["doubt_and_diversity"] * 2 + ["random"] * 2
+    assert [row["rank"] for row in chosen] == ["1", "2"] * 2
+    worst_first = [row["scan_id"] for row in rows if row["scan_id"] in ("u", "w")]
+    assert [row["scan_id"] for row in chosen[:2]] == worst_first  # all the scans that nobody annotated yet
+    assert {row["scan_id"] for row in chosen[2:]} == {"u", "w"}
     page = (undisturbed / "review.html").read_text()
     assert page.count("<img ") == 2
     assert all(scan in page for scan in ALL)
@@ -207,9 +210,10 @@ def test_an_image_that_changed_is_labelled_again(run: str, cohort_path: str, tmp
     assert label(run, str(source), tmp_path / "o", settings).labelled == 1
     after = contents(tmp_path / "o")
     assert {name for name in before if before[name] != after[name]} == {"masks/two.nii.gz", "trust/two.nii.gz"}
-    (tmp_path / "o/masks/one.nii.gz").unlink()  # not a mask any more: not done any more
-    assert label(run, str(source), tmp_path / "o", settings).labelled == 1
-    assert contents(tmp_path / "o") == after
+    for kind in KINDS:
+        (tmp_path / "o" / kind / "one.nii.gz").unlink()  # a file is gone: not done any more
+        assert label(run, str(source), tmp_path / "o", settings).labelled == 1
+        assert contents(tmp_path / "o") == after
 
 
 # --- whatever kills the driver ---------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ REVERSED = (-1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # columns grow to the right, slices 
 def predict(run: str, source: Path, output: Path, format: str = "dicom_seg") -> PredictReport:  # noqa: F811
     return predict_files(
         run=run, input=str(source), output=str(output), network="student", overlap=0.5, executor=LocalExecutor(1),
-        format=format, progress=False,
+        components="model", format=format, progress=False,
     )  # fmt: skip
 
 
