@@ -15,9 +15,10 @@ import nibabel as nib
 import pytest
 
 from distseg.config.schema import LabelSectionConfig
-from distseg.data.label_output import KINDS, ledger_path, read_ledger
+from distseg.data.label_output import ledger_path, read_ledger
 from distseg.work.executor import LocalExecutor
 from distseg.work.label_cohort import label_cohort
+from tests.unit.test_label_cohort import contents, reviewed
 from tests.unit.tiny_cohort import AFFINE, scan_arrays
 from tests.unit.tiny_run import make_run
 
@@ -42,17 +43,6 @@ def workers_of(driver: int) -> list[int]:
     """Pool processes that a driver has started."""
     found = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(driver)], capture_output=True, text=True)
     return [int(line.split()[0]) for line in found.stdout.splitlines() if "spawn_main" in line]
-
-
-def whole(output: Path) -> dict[str, bytes]:
-    """Every file of a finished output but the ledger, whose order is that of the work, and the lock."""
-    names = [f"{kind}/{file.name}" for kind in KINDS for file in (output / kind).iterdir()]
-    return {name: (output / name).read_bytes() for name in sorted([*names, "next_to_label.csv"])}
-
-
-def without_times(output: Path) -> list[str]:
-    """The lines of scans.csv but for `seconds`, its last column."""
-    return [line.rpartition(",")[0] for line in (output / "scans.csv").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -95,8 +85,8 @@ def test_twenty_kills_leave_what_no_kill_leaves(tmp_path: Path) -> None:
     assert len(committed) < SCANS
     drive(run, str(images), str(output), 1)
     assert committed.items() <= masks(output).items()
-    assert whole(output) == whole(tmp_path / "undisturbed")
-    assert without_times(output) == without_times(tmp_path / "undisturbed")
+    assert contents(output) == contents(tmp_path / "undisturbed")
+    assert reviewed(output) == reviewed(tmp_path / "undisturbed")
     assert len(masks(output)) == SCANS
     lines = [line["done"] for line in read_ledger(ledger_path(output)) if "done" in line]
     assert len(lines) == len(set(lines)) == SCANS
