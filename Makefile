@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-	    --constraint constraints.txt --editable '.[cpu,dev]'
+	    --constraint constraints.txt --editable '.[cpu,io,remote,dev]'
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -39,7 +39,7 @@ NOT_IDENTITY = (
 # Nor do these, of a method that does not match.
 ONLY_MATCHING = ("matching", "references")
 # What every method of a table must share.
-RECIPE = ("data", "network", "sampling", "augment", "optimizer", "train")
+RECIPE = ("data", "network", "sampling", "augment", "optimizer", "train", "postprocess")
 
 
 def train_config(

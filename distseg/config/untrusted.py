@@ -13,7 +13,7 @@ import yaml
 
 from distseg.errors import DataError
 
-MAX_NBYTES = 64 * 2**20  # of a JSON or YAML file: ours are far below one MiB, a plan of 100 000 scans is not
+MAX_CHARACTERS = 64 * 2**20  # of a JSON or YAML file: ours are far below one MiB, a plan of 100 000 scans is not
 MAX_NODES = 2_000_000  # of a YAML file once its aliases are unfolded
 MAX_DEPTH = 50
 MAX_NAME_NBYTES = 200  # of a scan's name: with an ending it is a file's, which may have 255
@@ -55,12 +55,11 @@ def check_name(name: str, *, where: object, what: str = "name") -> str:
 
 
 def _text(file: Path, what: str) -> str:
-    nbytes = file.stat().st_size
-    if nbytes > MAX_NBYTES:
-        raise DataError(
-            f"unreadable {what}: too long", where=file, value=f"{nbytes} bytes", rule=f"at most {MAX_NBYTES}"
-        )
-    return file.read_text(encoding="utf-8")
+    with file.open(encoding="utf-8") as content:
+        text = content.read(MAX_CHARACTERS + 1)
+    if len(text) > MAX_CHARACTERS:
+        raise DataError(f"unreadable {what}: too long", where=file, rule=f"at most {MAX_CHARACTERS} characters")
+    return text
 
 
 def _unfolded(node: yaml.Node | None, known: dict[int, int], depth: int) -> int:

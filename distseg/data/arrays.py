@@ -1,104 +1,151 @@
-"""The arrays of a cohort as they are read. A zarr.json is a claim, and reading allocates what it says; damage has a
-place, and is told with it."""
+"""Opening one array of the store for reading: TensorStore where it is installed, zarr-python otherwise.
+
+Both read the same files and give the same numbers (tests/unit/test_arrays.py). TensorStore, of the extra `io`, decodes
+in C++ without Python's lock, so that a patch costs a fraction and does not stall the step it overlaps with. It reads
+this machine's file systems here; arrays behind a URL are read by zarr-python through fsspec.
+
+DISTSEG_READER=zarr|tensorstore overrides the choice, for comparisons.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
-from collections.abc import Sequence
+import os
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
 
 from distseg.data.limits import MAX_VOXELS
-from distseg.errors import DataError
+from distseg.data.place import as_place, is_url
+from distseg.data.volume import ArrayLike3D
+from distseg.errors import ConfigError, DataError
 
-MAX_CHUNK_NBYTES = 2**30  # of what is decoded at once; ingest's are 64^3 voxels, or all samples of a scan
-# Those of ingest, and zarr's own defaults: each says how much it unfolds to, or unfolds nothing.
-CODECS = frozenset({"ShardingCodec", "BytesCodec", "BloscCodec", "ZstdCodec", "Crc32cCodec"})
-# What zarr, numcodecs and the JSON module raise of damaged metadata and data; RuntimeError is numcodecs' and, as
-# RecursionError, the JSON module's.
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, IndexError)
-_FIX = "ingest that scan again"
+READERS = ("tensorstore", "zarr")
+# What a store may ask of its reader: no codec whose output has no bound (a blosc chunk is at most 2 GiB; zstd is for
+# samples, which are small), no chunk far beyond ours.
+CODECS = ("bytes", "sharding_indexed", "blosc", "zstd", "crc32c")
+MAX_CHUNK_NBYTES = 2**28
+MAX_METADATA_NBYTES = 2**20
+CACHE_NBYTES = 64 * 2**20  # shard indexes and the chunks of the last few patches
+# What the two libraries raise on damaged or missing data; zarr's codecs have no common base class.
+_UNREADABLE = (ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError, AttributeError)
+
+
+@cache
+def reader_name() -> str:
+    """The reader of local arrays, of READERS. Raises ConfigError where DISTSEG_READER names one that is not there."""
+    installed = importlib.util.find_spec("tensorstore") is not None
+    wanted = os.environ.get("DISTSEG_READER")
+    if wanted is None:
+        return "tensorstore" if installed else "zarr"
+    if wanted not in READERS or (wanted == "tensorstore" and not installed):
+        fix = "pip install 'distseg[io]'" if wanted == "tensorstore" else "unset it"
+        rule = f"one of {', '.join(READERS)} that is installed"
+        raise ConfigError("no such reader", where="DISTSEG_READER", value=wanted, rule=rule, fix=fix)
+    return wanted
+
+
+def reader_of(path: str) -> str:
+    """What a user is told: which of READERS reads the arrays of the cohort at `path`, and what would be faster."""
+    name = "zarr" if is_url(path) else reader_name()
+    return name if name == "tensorstore" or is_url(path) else f"{name} (distseg[io] brings TensorStore, faster)"
 
 
 class StoredArray:
-    """An array of the store, opened and checked; indexing reads."""
+    """An array of the store, read by box: `path`, `shape`, `dtype`, and `[...]` gives a numpy array.
 
-    def __init__(self, path: str, where: str, *, like: Sequence[int] | None = None) -> None:
-        """`like`: the shape it must have. Raises DataError where it is damaged, or reading it would not be bounded."""
-        self._where = where
+    Raises DataError, naming the array, where it is missing or damaged.
+    """
+
+    def __init__(self, path: str, opened: ArrayLike3D) -> None:
+        self.path, self._opened = path, opened
+        self.shape: tuple[int, ...] = tuple(opened.shape)
+        self.dtype: np.dtype[Any] = np.dtype(opened.dtype)
+
+    def __getitem__(self, selection: Any, /) -> npt.NDArray[Any]:
         try:
-            self._array: zarr.Array[Any] = zarr.open_array(path, mode="r", zarr_format=3)
-            _check(self._array, where, like)
-        except DAMAGE as error:
-            raise _told(error, where) from error
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self._array.shape)
-
-    @property
-    def ndim(self) -> int:
-        return self._array.ndim
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(self._array.dtype)
-
-    @property
-    def chunks(self) -> tuple[int, ...]:
-        return tuple(self._array.chunks)
-
-    @property
-    def metadata(self) -> ArrayV3Metadata | ArrayV2Metadata:
-        return self._array.metadata
-
-    @property
-    def shards(self) -> tuple[int, ...] | None:
-        return self._array.shards
-
-    def __getitem__(self, key: Any) -> npt.NDArray[Any]:
-        """Raises DataError where what is stored is damaged; what the disk says as it is."""
-        try:
-            return np.asarray(self._array[key])
-        except DAMAGE as error:
-            raise _told(error, self._where) from error
+            return np.asarray(self._opened[selection])
+        except _UNREADABLE as error:
+            raise _damaged(self.path, error) from error
 
 
-def _told(error: Exception, where: str) -> Exception:
-    if isinstance(error, DataError) or (isinstance(error, OSError) and error.errno is not None):
-        return error
-    what = f"damaged array: {type(error).__name__} {' '.join(str(error).split())[:200]}"
-    return DataError(what, where=where, fix=_FIX)
+def open_array(path: str, *, reader: str | None = None) -> StoredArray:
+    """Open by path. `reader` is one of READERS, None: the one there is. Raises DataError, naming the array, where it is
+    missing or damaged, or where its metadata would have more memory taken than any scan needs."""
+    try:
+        _check_metadata(path)
+        if is_url(path) or (reader or reader_name()) == "zarr":
+            return StoredArray(path, zarr.open_array(path, mode="r", zarr_format=3))
+        return StoredArray(path, _TensorStore(path))
+    except _UNREADABLE as error:
+        raise _damaged(path, error) from error
 
 
-def _check(array: zarr.Array[Any], where: str, like: Sequence[int] | None) -> None:
-    shape, chunks = tuple(array.shape), tuple(array.chunks)
-    if array.dtype.kind not in "iuf":
-        raise DataError("array of another type", where=where, value=array.dtype, rule="numbers", fix=_FIX)
-    if like is not None and shape != tuple(like):
-        rule = f"the scan's is {tuple(like)}"
-        raise DataError("array of another shape than its scan", where=where, value=shape, rule=rule, fix=_FIX)
-    if math.prod(shape) > MAX_VOXELS:
-        raise DataError("array too large", where=where, value=shape, rule=f"at most {MAX_VOXELS} values", fix=_FIX)
-    nbytes = math.prod(chunks) * array.dtype.itemsize
-    if nbytes > MAX_CHUNK_NBYTES:
-        rule = f"at most {MAX_CHUNK_NBYTES}"
-        raise DataError("chunks too large", where=where, value=f"{nbytes} bytes", rule=rule, fix=_FIX)
-    codecs = array.metadata.codecs if isinstance(array.metadata, ArrayV3Metadata) else ()
-    unknown = sorted(set(_names(codecs)) - CODECS)
-    if unknown:
-        what = "array in codecs that ingest does not write"
-        raise DataError(what, where=where, value=", ".join(unknown), fix=_FIX)
+def _check_metadata(path: str) -> None:
+    """Refuse what only damage or malice writes, before a reader believes it. Raises ValueError."""
+    with (as_place(path) / "zarr.json").open(encoding="utf-8") as file:
+        node = json.loads(file.read(MAX_METADATA_NBYTES))
+    shape, chunk = node["shape"], node["chunk_grid"]["configuration"]["chunk_shape"]
+    itemsize = np.dtype(node["data_type"]).itemsize
+    inner = [codec["configuration"] for codec in node["codecs"] if codec["name"] == "sharding_indexed"]
+    for what, sizes, most in (
+        ("shape", shape, MAX_VOXELS),
+        ("chunk_shape", chunk, MAX_CHUNK_NBYTES // itemsize),
+        *(("chunk_shape of a shard", sharding["chunk_shape"], MAX_CHUNK_NBYTES // itemsize) for sharding in inner),
+    ):
+        if not all(isinstance(n, int) and n >= 0 for n in sizes) or math.prod(sizes) > most:
+            raise ValueError(f"{what} {sizes}: at most {most} values")
+    codecs = [*node["codecs"], *(codec for sharding in inner for codec in sharding["codecs"])]
+    names = {str(codec["name"]) for codec in codecs} | ({"transformers"} if node.get("storage_transformers") else set())
+    if not names <= set(CODECS):
+        raise ValueError(f"codec {', '.join(sorted(names - set(CODECS)))}: one of {', '.join(CODECS)}")
 
 
-def _names(codecs: Sequence[Any]) -> list[str]:
-    """Of classes; those inside a shard too."""
-    names = []
-    for codec in codecs:
-        names.append(type(codec).__name__)
-        names += _names(getattr(codec, "codecs", ())) + _names(getattr(codec, "index_codecs", ()))
-    return names
+class _TensorStore:
+    """ArrayLike3D over TensorStore's asynchronous handle."""
+
+    def __init__(self, path: str) -> None:
+        import tensorstore
+
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{os.path.abspath(path)}/"},
+            # A scan is replaced by renaming: whoever opened the old one goes on with what was cached of it.
+            "recheck_cached_data": "open",
+            "recheck_cached_metadata": "open",
+        }
+        self._handle = tensorstore.open(spec, context=_context(), read=True).result()
+        self.shape = tuple(int(n) for n in self._handle.shape)
+        self.dtype = self._handle.dtype.numpy_dtype
+
+    def __getitem__(self, selection: Any, /) -> npt.NDArray[Any]:
+        values: npt.NDArray[Any] = self._handle[selection].read().result()
+        return values
+
+
+@cache
+def _context() -> Any:
+    """One per process: threads as many as numpy's, and a bounded cache."""
+    import tensorstore
+
+    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    limit = {"limit": max(1, threads)}
+    return tensorstore.Context(
+        {
+            "cache_pool": {"total_bytes_limit": CACHE_NBYTES},
+            "data_copy_concurrency": limit,
+            "file_io_concurrency": {"limit": max(4, threads)},
+        }
+    )
+
+
+def _damaged(path: str, error: BaseException) -> DataError:
+    where = "/".join(path.rstrip("/").split("/")[-3:])  # not the whole: folder names may be names of patients
+    why = str(error).partition("\n")[0].replace(path, where)[:200] or type(error).__name__
+    fix = "run distseg cohort action=remove for this scan, then ingest it again"
+    return DataError("array of the store cannot be read", where=where, value=why, fix=fix)

@@ -84,6 +84,8 @@ def _table(content: ReviewContent) -> str:
 
 
 def _next(content: ReviewContent) -> str:
+    if not any(content.next_ids.values()):
+        return "<p class=note>Every scan here has an annotation.</p>"
     titles = {"doubt_and_diversity": "In doubt and unlike each other", "random": "Drawn at random (the baseline)"}
     columns = "".join(
         f"<div><h3>{titles[by]}</h3><ol>{''.join(f'<li>{escape(scan)}' for scan in ids)}</ol></div>"

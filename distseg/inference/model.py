@@ -59,6 +59,11 @@ class ModelInfo:
     teacher_noise_sigma: float = 0.01
     teacher_noise_clip: float | None = None
     uncertainty: str = "mean_of_entropies"
+    whole: tuple[str, ...] = ()  # classes of one piece: masks keep their largest component alone
+
+    def whole_values(self, components: str) -> tuple[int, ...]:
+        """Label values of which masks keep the largest component; `components` is model or all (none is filtered)."""
+        return tuple(self.class_names.index(name) for name in self.whole) if components == "model" else ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distseg.config.schema import TrainRunConfig
+from distseg.data.arrays import reader_of
 from distseg.inference.model import ModelInfo, save_model
 from distseg.losses.schedules import threshold_nats
 from distseg.methods.base import At
@@ -67,7 +68,7 @@ def train_rank(
         session = start_session(config, communicator, make_service)
         if leads:
             session.run.cut_metrics(session.first_step - 1)
-            for note in session.plan.notes:
+            for note in (*session.plan.notes, f"patches are read by {reader_of(config.cohort)}"):
                 reporter.note(note)
         if session.first_step <= config.train.steps:
             train_session(session, communicator, reporter)
@@ -245,6 +246,7 @@ def _write_model(session: Session) -> None:
         teacher_noise_sigma=config.method.teacher_noise_sigma,
         teacher_noise_clip=config.method.teacher_noise_clip,
         uncertainty=config.method.uncertainty,
+        whole=plan.whole,
     )
     references = None
     if session.references is not None:

@@ -21,6 +21,7 @@ from distseg.data.lattice import Place
 from distseg.errors import ConfigError, DataError
 from distseg.training.partial_labels import PartialLabels, partial_labels
 from distseg.training.pseudo_labels import find_pseudo_labels
+from distseg.training.whole_classes import whole_classes
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Plan:
     patches: tuple[Place, ...] = ()  # where the labelled scans are labelled; empty: everywhere
     pseudo: tuple[str, ...] = ()  # unlabelled scans whose pseudo-labels train too
     pseudo_model: str = ""  # fingerprint of the model that made them
+    whole: tuple[str, ...] = ()  # classes whose masks keep the largest component alone
     notes: tuple[str, ...] = ()
 
     @property
@@ -87,6 +89,7 @@ def make_plan(config: TrainRunConfig, cohort: Cohort, *, parent: Plan | None = N
     spacing = parent.spacing_mm if parent else _spacing(config, cohort, labelled)
     partial = partial_labels(config, cohort, labelled, spacing)
     pseudo = find_pseudo_labels(config, cohort, unlabelled)
+    whole, whole_note = whole_classes(config, cohort, labelled)
     plan = Plan(
         class_names=tuple(cohort.class_names),
         modality=cohort.modality,
@@ -100,9 +103,10 @@ def make_plan(config: TrainRunConfig, cohort: Cohort, *, parent: Plan | None = N
         patches=partial.places if partial else (),
         pseudo=pseudo.scans,
         pseudo_model=pseudo.model,
+        whole=whole,
     )
     notes += pseudo.notes
-    notes += [flip_note] if flip_note else []
+    notes += [note for note in (flip_note, whole_note) if note]
     notes += _patch_notes(config, cohort, plan)
     return dataclasses.replace(plan, notes=tuple(notes))
 

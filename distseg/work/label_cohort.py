@@ -20,7 +20,6 @@ from typing import Any
 from rich.console import Console
 
 from distseg.config.schema import LabelSectionConfig
-from distseg.errors import InputError
 from distseg.inference.label_scan import LabelRule
 from distseg.inference.model import Model
 from distseg.inference.whole_scan import cached_model, model_fingerprint
@@ -64,7 +63,6 @@ def label_cohort(
     sources = find_sources(cohort, only=settings.only, salt=lambda: cohort_salt(folder / SALT))
     rule = rule_of(settings, model.info)
     _say_how(model, sources)
-    _make(folder)
     with owning(folder / "owner.json", what="output", name=folder) as owner:
         ledger = Ledger(folder, _identity(fingerprint, model, rule, overlap=settings.overlap))
         try:
@@ -163,10 +161,3 @@ def _say_how(model: Model, sources: Sources) -> None:
         )
     for name, why in sources.failures:
         Console(stderr=True).print(f"note: {name}: {why}", highlight=False, markup=False)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write there: {error.strerror}", where="output", value=folder) from error

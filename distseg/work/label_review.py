@@ -1,7 +1,7 @@
 """After labelling: which masks to distrust, with pictures, and which scans to annotate next.
 
     OUT/scans.csv           a line a scan, the least to be trusted first
-    OUT/next_to_label.csv   rank, by (doubt_and_diversity | random), scan_id
+    OUT/next_to_label.csv   rank, by (doubt_and_diversity | random), scan_id; of the scans without annotation
     OUT/review.html         for a reader without this program
 
 Facts come from the ledger, streamed: a row here is numbers, so a million scans fit in memory. The pictures alone read
@@ -22,10 +22,10 @@ import numpy as np
 from distseg.config.schema import LabelSectionConfig
 from distseg.data.keys import Purpose, generator
 from distseg.data.label_output import ledger_path, read_ledger
+from distseg.data.place import write_text
 from distseg.evaluation.distrust import expected_error, next_to_label, random_with_foreground, volume_deviation
 from distseg.evaluation.review_page import ReviewContent, render_review
 from distseg.inference.model import Model
-from distseg.work.cohort_index import write_text
 from distseg.work.executor import Executor
 from distseg.work.label_pictures import review_pictures
 from distseg.work.label_reference import Reference, reference_of
@@ -62,11 +62,14 @@ def write_review(
         return
     reference, note = reference_of(run, sources.cohort, model.class_names)
     rows, order = rank(facts, reference, model.class_names)
-    write_text(output / "scans.csv", _csv(rows))
-    next_ids = _next_ids(facts, np.asarray([row["expected_error"] for row in rows]), order, settings)
-    lines = [{"rank": i + 1, "by": by, "scan_id": scan} for by, ids in next_ids.items() for i, scan in enumerate(ids)]
-    write_text(output / "next_to_label.csv", _csv(lines))
+    write_text(output / "scans.csv", _csv(rows, header=tuple(rows[0])))
     by_id = {scan.scan_id: scan for scan in sources.scans}
+    score = np.empty(len(order))
+    score[order] = [row["expected_error"] for row in rows]
+    open_to_label = np.asarray([not by_id[scan].labelled for scan in facts.scan_ids])
+    next_ids = _next_ids(facts, score, np.flatnonzero(open_to_label), settings)
+    lines = [{"rank": i + 1, "by": by, "scan_id": scan} for by, ids in next_ids.items() for i, scan in enumerate(ids)]
+    write_text(output / "next_to_label.csv", _csv(lines, header=("rank", "by", "scan_id")))
     shown = rows[: settings.review_scans]
     content = ReviewContent(
         run_name=Path(run).resolve().name,
@@ -82,25 +85,18 @@ def write_review(
 
 
 def read_facts(output: Path, wanted: set[str]) -> Facts:
-    """The last line of each wanted scan that is done."""
-    places: dict[str, int] = {}
-    numbers: list[tuple[float, ...]] = []
-    lists: list[tuple[list[float], list[int], list[float]]] = []
+    """The last line of each wanted scan that is done, in the order of their ids."""
+    found: dict[str, tuple[tuple[float, ...], tuple[list[float], list[int], list[float]]]] = {}
     for line in read_ledger(ledger_path(output)):
         scan_id = line.get("done")
-        if scan_id not in wanted:
-            continue
-        place = places.setdefault(scan_id, len(numbers))
-        made = _numbers(line), _lists(line)
-        if place == len(numbers):
-            numbers.append(made[0])
-            lists.append(made[1])
-        else:
-            numbers[place], lists[place] = made
+        if scan_id in wanted:
+            found[scan_id] = _numbers(line), _lists(line)
+    scan_ids = sorted(found)  # the ledger's order is that in which work was done: not the same twice
+    numbers, lists = ([found[scan_id][part] for scan_id in scan_ids] for part in (0, 1))
     columns = np.asarray(numbers, np.float64).reshape(len(numbers), len(_COLUMNS))
     volumes, components, descriptors = (np.asarray([entry[i] for entry in lists]) for i in range(3))
     by_name = dict(zip(_COLUMNS, columns.T, strict=True))
-    return Facts(by_name, volumes, components, descriptors.astype(np.float32), list(places))
+    return Facts(by_name, volumes, components, descriptors.astype(np.float32), scan_ids)
 
 
 _COLUMNS = (
@@ -168,23 +164,23 @@ def _figure(value: float) -> float | None:
 
 
 def _next_ids(
-    facts: Facts, score_in_order: np.ndarray, order: np.ndarray, settings: LabelSectionConfig
+    facts: Facts, score: np.ndarray, candidates: np.ndarray, settings: LabelSectionConfig
 ) -> dict[str, list[str]]:
-    score = np.empty(len(order))
-    score[order] = score_in_order
+    """Of the scans without annotation, `candidates` by place in `facts`."""
     found = facts.volumes_ml.sum(1) > 0
     rng = generator(settings.seed, Purpose.NEXT_TO_LABEL)
     chosen = {
-        "doubt_and_diversity": next_to_label(score, facts.descriptors, count=settings.next_scans),
-        "random": random_with_foreground(found, count=settings.next_scans, rng=rng),
+        "doubt_and_diversity": next_to_label(
+            score[candidates], facts.descriptors[candidates], count=settings.next_scans
+        ),
+        "random": random_with_foreground(found[candidates], count=settings.next_scans, rng=rng),
     }
-    return {by: [facts.scan_ids[i] for i in places] for by, places in chosen.items()}
+    return {by: [facts.scan_ids[candidates[i]] for i in places] for by, places in chosen.items()}
 
 
-def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+def _csv(rows: Iterable[Mapping[str, Any]], *, header: Sequence[str]) -> str:
     text = io.StringIO()
-    rows = list(rows)
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["scan_id"], lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=header, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

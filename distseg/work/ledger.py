@@ -33,7 +33,7 @@ _CHUNK_NBYTES = 1 << 16
 class Ledger:
     """Opened for writing by the one driver that owns OUT. `staging` is this driver's folder for its workers.
 
-    `versions`: id -> version of the image, of every scan that is done and whose mask is there.
+    `versions`: id -> version of the image, of every scan that is done and whose files are there.
     """
 
     def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
@@ -93,8 +93,10 @@ class Ledger:
                 if staged.exists():
                     os.replace(staged, committed_path(self._output, kind, scan_id))
         shutil.rmtree(self._output / ".staging", ignore_errors=True)
-        there = {entry.name for entry in os.scandir(self._output / "masks")}
-        return {scan_id: version for scan_id, version in done.items() if scan_id + SUFFIX in there}
+        for kind in KINDS:
+            there = {entry.name for entry in os.scandir(self._output / kind)}
+            done = {scan_id: version for scan_id, version in done.items() if scan_id + SUFFIX in there}
+        return done
 
     def _waiting(self) -> set[str]:
         """Ids of scans of which a killed driver left a finished file."""

@@ -1,4 +1,4 @@
-"""One writer at a time for a store or an output folder, on one machine or several that share a file system.
+"""One process at a time in a store or a directory, on one machine or several that share a file system.
 
 The lock is a file that names its owner: {"host", "pid", "token"}. On one host the kernel's file lock tells the living
 from the dead, so a killed owner's place is free at once. An owner on another host may be invisible to that lock; it
@@ -25,6 +25,7 @@ from distseg.errors import InputError
 
 HEARTBEAT_S = 5.0
 LAPSE_S = 60.0
+POLL_S = 0.2
 _RECORD_NBYTES = 512
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 
@@ -56,14 +57,19 @@ class Owner:
 
 
 @contextlib.contextmanager
-def owning(lock: Path, *, what: str, name: object) -> Iterator[Owner]:
-    """Hold `lock` for as long as the context lasts. Raises InputError while another process holds it.
+def owning(lock: Path, *, what: str, name: object, wait_s: float = 0.0) -> Iterator[Owner]:
+    """Hold `lock`, in a folder that is made for it, for as long as the context lasts. Raises InputError where it cannot
+    be written, or where another process still holds it after `wait_s`.
 
     `what` and `name` are for messages: "cohort" and its path. An owner elsewhere is watched until it moves or lapses.
     """
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        _refuse_living(descriptor, lock, what=what, name=name)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise InputError(f"cannot write there: {error.strerror}", where=name) from error
+    try:
+        _wait_for_place(descriptor, lock, what=what, name=name, until=time.monotonic() + wait_s)
         owner = Owner(lock, uuid.uuid4().hex, what, name)
         _write(descriptor, {"host": socket.gethostname(), "pid": os.getpid(), "token": owner.token})
         done = threading.Event()
@@ -78,6 +84,16 @@ def owning(lock: Path, *, what: str, name: object) -> Iterator[Owner]:
                 _write(descriptor, {})
     finally:
         os.close(descriptor)
+
+
+def _wait_for_place(descriptor: int, lock: Path, *, what: str, name: object, until: float) -> None:
+    while True:
+        try:
+            return _refuse_living(descriptor, lock, what=what, name=name)
+        except InputError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(POLL_S)
 
 
 def _refuse_living(descriptor: int, lock: Path, *, what: str, name: object) -> None:

@@ -24,7 +24,7 @@ from distseg.training.branch import parent_plan
 from distseg.training.plan import make_plan
 from distseg.training.run import write_atomic
 from distseg.work.benchmark_checks import cohort_digest
-from distseg.work.claim import claim
+from distseg.work.owner import owning
 from distseg.work.tune_search import GridSearch, Search, make_search
 from distseg.work.tune_sweep import (
     Sweep,
@@ -84,7 +84,7 @@ def prepare(config: TuneRunConfig) -> Prepared:
 def claimed(prepared: Prepared) -> Iterator[Path]:
     """Write RUN/tune.yaml and hold the directory: a second `distseg tune` in it is refused meanwhile."""
     folder = prepared.sweep.run
-    with claim(folder, "sweep"):
+    with owning(folder / ".lock", what="sweep", name=folder):
         (folder / "trials").mkdir(exist_ok=True)
         write_atomic(folder / "tune.yaml", _HEAD + yaml.safe_dump(dict(prepared.record), sort_keys=False))
         yield folder

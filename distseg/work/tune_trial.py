@@ -13,7 +13,7 @@ from distseg.config.schema import TrainRunConfig
 from distseg.training.checkpoint import newest_step
 from distseg.training.run import RunDirectory, write_atomic
 from distseg.training.setup import open_run
-from distseg.work.claim import claim
+from distseg.work.owner import owning
 from distseg.work.tune_sweep import Sweep
 
 # What a killed sweep leaves running for a moment: its trials see their owner's death a little later.
@@ -37,7 +37,7 @@ class TrialJob:
 def run_trial(job: TrialJob) -> None:
     """Train to the end from wherever the run directory stands; nothing where it is done. Raises what training does."""
     run = job.sweep.folder(job.run)
-    with claim(run, "process of this trial", wait_s=WAIT_FOR_OLD_S):
+    with owning(run / ".lock", what="trial", name=run, wait_s=WAIT_FOR_OLD_S):
         if not is_trained(run):
             config = job.sweep.config_of(job.run, job.values)
             config.train.threads = config.train.threads or job.threads

@@ -20,7 +20,7 @@ import zarr
 from safetensors.torch import load_file, save_file
 
 from distseg.config.compose import train_config
-from distseg.config.untrusted import MAX_NBYTES, check_name, read_json, read_yaml
+from distseg.config.untrusted import MAX_CHARACTERS, check_name, read_json, read_yaml
 from distseg.data.cohort import Cohort, index_path
 from distseg.errors import DataError, DistsegError
 from distseg.inference.model import load_model
@@ -256,20 +256,16 @@ def test_size_bombs_in_a_cohort(stranger: Path, tmp_path: Path) -> None:
             read_cohort(tmp_path)
 
     huge = [10_000, 10_000, 10_000]
-    refused("array of another shape than its scan", shape=huge)
+    refused("array and attributes differ in shape", shape=[10, 10, 10])
+    refused("array of the store cannot be read.*shape", shape=huge)
     whole = {"name": "regular", "configuration": {"chunk_shape": huge}}
     plain = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    refused("chunks too large", chunk_grid=whole, codecs=plain)
+    refused("array of the store cannot be read.*chunk_shape", chunk_grid=whole, codecs=plain)
     refused(
-        "array in codecs that ingest does not write",
+        "array of the store cannot be read.*codec gzip",
         codecs=[*plain, {"name": "gzip", "configuration": {"level": 5}}],
         chunk_grid={"name": "regular", "configuration": {"chunk_shape": content["shape"]}},
     )
-    about = tmp_path / "c.zarr/a/zarr.json"
-    scan = json.loads(about.read_text())
-    scan["attributes"]["stored"]["shape"] = huge
-    about.write_text(json.dumps(scan))
-    refused("array too large", shape=huge)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +308,7 @@ def test_bounds_of_small_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not JSON"):
         read_json(file)
     with file.open("wb") as handle:
-        handle.truncate(MAX_NBYTES + 1)
+        handle.truncate(MAX_CHARACTERS + 1)
     for read in (read_json, read_yaml):
         with pytest.raises(DataError, match="too long"):
             read(file)

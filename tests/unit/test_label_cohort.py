@@ -67,6 +67,12 @@ def contents(output: Path) -> dict[str, bytes]:
     return {f"{kind}/{f.name}": f.read_bytes() for kind in KINDS for f in sorted((output / kind).iterdir())}
 
 
+def reviewed(output: Path) -> list[str]:
+    """next_to_label.csv, and scans.csv but for `seconds`, its last column."""
+    rows = [line.rpartition(",")[0] for line in (output / "scans.csv").read_text().splitlines()]
+    return [(output / "next_to_label.csv").read_text(), *rows]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(run: str, cohort_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All scans labelled in one go; read only."""
@@ -106,8 +112,11 @@ def test_what_is_written(undisturbed: Path, cohort_path: str) -> None:
             assert float(row[f"volume_ml_{name}"]) == pytest.approx(native_ml, rel=0.35, abs=3)
     with open(undisturbed / "next_to_label.csv") as file:
         chosen = list(csv.DictReader(file))
-    assert [row["by"] for row in chosen] == ["doubt_and_diversity"] * 3 + ["random"] * 3
-    assert chosen[0]["scan_id"] == rows[0]["scan_id"]
+    assert [row["by"] for row in chosen] == ["doubt_and_diversity"] * 2 + ["random"] * 2
+    assert [row["rank"] for row in chosen] == ["1", "2"] * 2
+    worst_first = [row["scan_id"] for row in rows if row["scan_id"] in ("u", "w")]
+    assert [row["scan_id"] for row in chosen[:2]] == worst_first  # all the scans that nobody annotated yet
+    assert {row["scan_id"] for row in chosen[2:]} == {"u", "w"}
     page = (undisturbed / "review.html").read_text()
     assert page.count("<img ") == 2
     assert all(scan in page for scan in ALL)
@@ -207,9 +216,10 @@ def test_an_image_that_changed_is_labelled_again(run: str, cohort_path: str, tmp
     assert label(run, str(source), tmp_path / "o", settings).labelled == 1
     after = contents(tmp_path / "o")
     assert {name for name in before if before[name] != after[name]} == {"masks/two.nii.gz", "trust/two.nii.gz"}
-    (tmp_path / "o/masks/one.nii.gz").unlink()  # not a mask any more: not done any more
-    assert label(run, str(source), tmp_path / "o", settings).labelled == 1
-    assert contents(tmp_path / "o") == after
+    for kind in KINDS:
+        (tmp_path / "o" / kind / "one.nii.gz").unlink()  # a file is gone: not done any more
+        assert label(run, str(source), tmp_path / "o", settings).labelled == 1
+        assert contents(tmp_path / "o") == after
 
 
 # --- whatever kills the driver ---------------------------------------------------------------------------------------
@@ -278,6 +288,7 @@ def test_three_kills_leave_what_no_kill_leaves(undisturbed: Path, run: str, coho
     assert report.done_before >= 6
     assert committed.items() <= {f.name: f.stat().st_ino for f in (output / "masks").iterdir()}.items()
     assert contents(output) == contents(undisturbed)
+    assert reviewed(output) == reviewed(undisturbed)
     lines = [line["done"] for line in read_ledger(ledger_path(output)) if "done" in line]
     assert sorted(lines) == ALL
 

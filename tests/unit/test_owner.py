@@ -113,3 +113,33 @@ def test_it_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         while lock.stat().st_mtime < 1 and time.monotonic() < until:
             time.sleep(0.01)
         assert lock.stat().st_mtime > 1
+
+
+def test_it_waits_as_long_as_it_is_told_to(tmp_path: Path) -> None:
+    lock = tmp_path / "new/folder/.lock"
+    with owning(lock, what="trial", name="T"):
+        begun = time.monotonic()
+        refused = pytest.raises(InputError, match="another process writes this trial")
+        with refused, owning(lock, what="trial", name="T", wait_s=0.3):
+            pass
+        assert 0.3 <= time.monotonic() - begun < 2
+    held = threading.Event()
+
+    def hold() -> None:
+        with owning(lock, what="trial", name="T"):
+            held.set()
+            time.sleep(0.3)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    with owning(lock, what="trial", name="T", wait_s=10):
+        pass
+    holder.join()
+
+
+def test_where_it_cannot_write_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    lock = tmp_path / "file/o/owner.json"
+    with pytest.raises(InputError, match="OUT: cannot write there"), owning(lock, what="output", name="OUT"):
+        pass

@@ -460,7 +460,7 @@ def test_alarms_by_hand() -> None:
         row = {**quiet, **change, "step": 9}
         alarms = Alarms([row] * 23)
         assert (alarms.of(row), alarms.of(row)) == ({}, expected)
-        assert all(alarm_text(name, row).startswith("step 9: ") for name in expected)
+        assert all(alarm_text(name, [row]).startswith("step 9: ") for name in expected)
     # Of a whole run, in words: means over the steps that sounded.
     course = [
         {**quiet, "step": 1},
@@ -474,6 +474,18 @@ def test_alarms_by_hand() -> None:
     assert sounded(course[:1]) == sounded([]) == []
     # A mean over the window: one wild step is no alarm.
     assert Alarms([quiet] * 24).of({**quiet, "foreground_matched": 0.7}) == {}
+    # Each matched voxel counts the same, and a handful of them is no flood.
+    many, few = (
+        {**quiet, "coverage_matched": covered, "foreground_matched": share}
+        for covered, share in ((0.01, 0.4), (0.001, 1.0))
+    )
+    assert Alarms([few] * 23 + [many]).of(many) == {"alarm_matched_flood": 1}  # (23 x .001 + 2 x .004) / (.023 + .02)
+    assert Alarms([few] * 13 + [many] * 11).of(many) == {}
+    handful = {**quiet, "coverage_matched": 0.00009, "foreground_matched": 1.0}
+    assert Alarms([handful] * 24).of(handful) == {}
+    assert "64% of the voxels the teacher is unsure of" in alarm_text(
+        "alarm_matched_flood", [few, {**many, "foreground_matched": 0.6, "step": 3}]
+    )
 
 
 # The contract of metrics.jsonl
@@ -954,7 +966,8 @@ def test_notes_reach_the_reporter(cohort_path: str, tmp_path: Path) -> None:
     """A patch larger than a scan is padded, and the run says so."""
     reporter = Quiet()
     train(config(cohort_path, tmp_path / "run", sampling__patch_zyx=[24, 8, 8], train__steps=1), reporter)
-    assert reporter.notes == ["8 of 8 scans are smaller than a patch and are padded"]
+    assert reporter.notes[-1] == "8 of 8 scans are smaller than a patch and are padded"
+    assert "largest component of hip, femur, each in one piece in 6 labelled scans" in reporter.notes[0]
 
 
 def test_a_patch_that_shrinks_to_one_voxel_is_refused(cohort_path: str, tmp_path: Path) -> None:
