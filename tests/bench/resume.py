@@ -1,6 +1,7 @@
 """What not losing anything costs: a checkpoint beside the steps between two, and a start after a kill. Keys:
 
-checkpoint.share             wall time of a checkpoint / of checkpoint.every_steps steps of embedding_matching, `small`
+checkpoint.share             wall time of a checkpoint / CPU time of checkpoint.every_steps steps of embedding_matching,
+                             preset `small`: at most the share of a run on an idle core
 checkpoint_ms, step_ms       medians of both
 skip.share                   CPU time of looking whether a step is finite / of the step
 again_s                      from Enter to the first new line of metrics.jsonl after a kill, median of three: the
@@ -40,15 +41,15 @@ def run(rounds: int = 5) -> dict[str, float]:
             student, teacher = learner.student.state_dict(), learner.teacher.state_dict()
             save_checkpoint(Path(folder), Checkpoint(1, 1, student, teacher, learner.optimizer.state_dict()))
 
-        functions = {"step": bench.step("embedding_matching"), "save": save}
-        timings = interleaved(functions, rounds=rounds, device=device, now=time.perf_counter)
-    looks = interleaved({"look": learner.gradients.finite, "step": functions["step"]}, rounds=rounds, device=device)
-    step, saved = timings["step"].median, timings["save"].median
+        saved = interleaved({"save": save}, rounds=rounds, device=device, now=time.perf_counter)["save"].median
+    functions = {"look": learner.gradients.finite, "step": bench.step("embedding_matching")}
+    timings = interleaved(functions, rounds=rounds, device=device)
+    step = timings["step"].median
     keys = {
         "checkpoint.share": saved / (CheckpointConfig().every_steps * step),
         "checkpoint_ms": 1e3 * saved,
         "step_ms": 1e3 * step,
-        "skip.share": looks["look"].median / looks["step"].median,
+        "skip.share": timings["look"].median / step,
         "again_s": again_s(),
     }
     for name, value in keys.items():
