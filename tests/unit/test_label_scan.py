@@ -20,7 +20,7 @@ from scipy import ndimage
 from distseg.data.keys import Purpose, torch_generators
 from distseg.data.plane_spool import PlaneSpool
 from distseg.data.volume import NativeGrid
-from distseg.inference.label_scan import Grids, LabelRule, _capacities, label_scan
+from distseg.inference.label_scan import Grids, LabelRule, _capacities, _give_largest, label_scan
 from distseg.inference.scan_facts import FactsOfPlanes
 from distseg.inference.sliding_window import segment
 from distseg.inference.teacher_passes import PassSettings
@@ -135,7 +135,7 @@ def test_slab_wise_equals_whole_volume(shape, overlap, batch_size, matched, unce
     shares, entropy, label, code, confidence = whole_volume(image, net, overlap, matcher, rule)
     top = np.sort(shares, axis=0)
     clear = (np.abs(entropy - rule.threshold_nats) > 1e-5) & ((top[-1] - top[-2] > 1e-5) | (code == 1))
-    assert clear.mean() > 0.99
+    assert (~clear).sum() <= max(3, 0.01 * clear.size)  # exact ties, where dropout left a voxel nothing
     np.testing.assert_array_equal(mask[clear], label[clear])
     np.testing.assert_array_equal((trust // 64)[clear], code[clear])
     assert np.abs((trust % 64)[clear] - 63 * confidence[clear]).max() < 0.51
@@ -361,3 +361,15 @@ def test_facts_do_not_depend_on_slabs(cuts: list[int], seed: int) -> None:
         p, m = shares[value].numpy(), label == value
         assert done.expected_dice[value - 1] == pytest.approx(2 * p[m].sum() / (p.sum() + m.sum()), abs=1e-5)
     assert done.descriptor == [0.6, 0.8]
+
+
+def test_a_matched_class_takes_the_largest_share() -> None:
+    shares = torch.softmax(torch.randn(CLASSES, 2, 3, 4, generator=torch.Generator().manual_seed(0)), 0)
+    before, at = shares.clone(), (torch.tensor([0, 1]), torch.tensor([2, 0]), torch.tensor([3, 1]))
+    was = before.argmax(0)[at]
+    now = torch.stack([(was[0] + 1) % CLASSES, was[1]])  # disagrees at one voxel, agrees at the other
+    _give_largest(shares, at, was=was, now=now)
+    assert shares.argmax(0)[at].tolist() == now.tolist()
+    torch.testing.assert_close(shares.sum(0), torch.ones(2, 3, 4))
+    changed = (shares != before).any(0)
+    assert torch.nonzero(changed).tolist() == [[0, 2, 3]]
