@@ -265,6 +265,7 @@ class Mostly:
         return values
 
 
+@pytest.mark.slow
 def test_memory_is_a_plus_a_byte_a_voxel(tmp_path: Path) -> None:
     """All of it, of the process: slabs, network, planes that wait, both files written, by the kernel's high-water mark.
     A full-volume float of one class alone would be four bytes a voxel."""
@@ -273,7 +274,7 @@ def test_memory_is_a_plus_a_byte_a_voxel(tmp_path: Path) -> None:
     def label_and_write(depth: int) -> None:
         affine = np.diag([-1.0, -1.0, 1.0, 1.0])
         native = NativeGrid((128, 128, depth), affine)
-        quick = LabelRule(dataclasses.replace(RULE.passes, passes=1), threshold_nats=1.09)
+        quick = LabelRule(dataclasses.replace(RULE.passes, passes=1), threshold_nats=9.0)
         with PlaneSpool(tmp_path) as masks, PlaneSpool(tmp_path) as trusts:
 
             def sink(_: int, mask: np.ndarray, trust: np.ndarray) -> None:
@@ -281,7 +282,7 @@ def test_memory_is_a_plus_a_byte_a_voxel(tmp_path: Path) -> None:
                 trusts.add(trust)
 
             label_scan(
-                Mostly(depth), scan_id=ID, teacher=net, matcher=Prototypes(), rule=quick,
+                Mostly(depth), scan_id=ID, teacher=net, matcher=None, rule=quick,
                 grids=Grids((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (depth, 128, 128)),
                 patch_zyx=(16, 64, 64), overlap=0.0, normalise=lambda box: box.astype(np.float32) / 400, fill=0.0,
                 num_classes=CLASSES, batch_size=4, device=CPU, sink=sink,
@@ -290,10 +291,10 @@ def test_memory_is_a_plus_a_byte_a_voxel(tmp_path: Path) -> None:
                 spool.write_nifti(tmp_path / f"{name}.nii.gz", native)
 
     label_and_write(128)  # what torch and oneDNN keep
-    shallow, deep = (peak_mib(lambda depth=depth: label_and_write(depth), CPU) for depth in (128, 768))
+    shallow, deep = (peak_mib(lambda depth=depth: label_and_write(depth), CPU) for depth in (128, 512))
     if shallow is None or deep is None:
         pytest.skip("this system does not tell a process' peak")
-    assert deep - shallow < 1.2 * (768 - 128) * 128 * 128 / 2**20 + 4
+    assert deep - shallow < 1.2 * (512 - 128) * 128 * 128 / 2**20 + 4
 
 
 @given(size=st.integers(1, 60), patch=st.integers(1, 16), overlap=st.sampled_from([0.0, 0.25, 0.5, 0.9]))
