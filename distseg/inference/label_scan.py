@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ from distseg.data.label_output import CODE_STEP, CONFIDENCE_STEPS
 from distseg.inference.output_planes import OutputPlanes
 from distseg.inference.rolling import Rolling
 from distseg.inference.scan_facts import FactsOfPlanes, ScanFacts
-from distseg.inference.sliding_window import Normaliser, ahead, read_rows, run_grid
+from distseg.inference.sliding_window import Normaliser, ahead, read_box, read_rows, run_grid
 from distseg.inference.teacher_passes import PassSettings, TeacherPasses
 from distseg.inference.windows import WindowGrid
 from distseg.matching.bank import Matcher
@@ -291,16 +292,10 @@ def _surveyed_quantile(
 ) -> float:
     """The quantile of the entropies of windows drawn from the scan, blank ones left out: all of them in a small scan.
     Infinite where every one is blank."""
-    columns = len(grid.corners_yx)
-    chosen = passes.drawn(count, SURVEY_WINDOWS)
+    corners = list(product(*grid.starts))
     entropies = []
-    for number in chosen:
-        row, corner = divmod(number, columns)
-        start = grid.starts[0][row], *(first + at for first, at in zip(
-            (grid.starts[1][0], grid.starts[2][0]), grid.corners_yx[corner], strict=True
-        ))  # fmt: skip
-        single = WindowGrid(grid.shape, grid.patch, ((start[0],), (start[1],), (start[2],)))
-        (window,) = read_rows(image, single, **reading)
+    for number in passes.drawn(count, SURVEY_WINDOWS):
+        window = read_box(image, corners[number], grid.patch, **reading)
         if float(window.min()) != float(window.max()):
             ((_, values),) = passes.over([window], [count + 1 + number])
             entropies.append(values[-1].flatten())

@@ -107,17 +107,39 @@ def read_rows(
     read = grid.starts[0][0]
     for start in grid.starts[0]:
         stop = start + grid.patch[0]
-        box = resample_box(
+        yield read_box(
             image,
+            (read, grid.starts[1][0], grid.starts[2][0]),
+            (stop - read, *grid.padded_yx),
             source_spacing_mm=source_spacing_mm,
             target_spacing_mm=target_spacing_mm,
-            start_zyx=(read, grid.starts[1][0], grid.starts[2][0]),
-            size_zyx=(stop - read, *grid.padded_yx),
-            order=1,
+            normalise=normalise,
             fill=fill,
         )
-        yield torch.from_numpy(np.ascontiguousarray(normalise(box), dtype=np.float32))
         read = stop
+
+
+def read_box(
+    image: Any,
+    start_zyx: Sequence[int],
+    size_zyx: Sequence[int],
+    *,
+    source_spacing_mm: Sequence[float],
+    target_spacing_mm: Sequence[float],
+    normalise: Normaliser,
+    fill: float,
+) -> Tensor:
+    """A box of the network's grid, normalised."""
+    box = resample_box(
+        image,
+        source_spacing_mm=source_spacing_mm,
+        target_spacing_mm=target_spacing_mm,
+        start_zyx=start_zyx,
+        size_zyx=size_zyx,
+        order=1,
+        fill=fill,
+    )
+    return torch.from_numpy(np.ascontiguousarray(normalise(box), dtype=np.float32))
 
 
 def ahead(rows: Iterator[Tensor]) -> Generator[Tensor, None, None]:

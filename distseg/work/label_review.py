@@ -85,25 +85,18 @@ def write_review(
 
 
 def read_facts(output: Path, wanted: set[str]) -> Facts:
-    """The last line of each wanted scan that is done."""
-    places: dict[str, int] = {}
-    numbers: list[tuple[float, ...]] = []
-    lists: list[tuple[list[float], list[int], list[float]]] = []
+    """The last line of each wanted scan that is done, in the order of their ids."""
+    found: dict[str, tuple[tuple[float, ...], tuple[list[float], list[int], list[float]]]] = {}
     for line in read_ledger(ledger_path(output)):
         scan_id = line.get("done")
-        if scan_id not in wanted:
-            continue
-        place = places.setdefault(scan_id, len(numbers))
-        made = _numbers(line), _lists(line)
-        if place == len(numbers):
-            numbers.append(made[0])
-            lists.append(made[1])
-        else:
-            numbers[place], lists[place] = made
+        if scan_id in wanted:
+            found[scan_id] = _numbers(line), _lists(line)
+    scan_ids = sorted(found)  # the ledger's order is that in which work was done: not the same twice
+    numbers, lists = ([found[scan_id][part] for scan_id in scan_ids] for part in (0, 1))
     columns = np.asarray(numbers, np.float64).reshape(len(numbers), len(_COLUMNS))
     volumes, components, descriptors = (np.asarray([entry[i] for entry in lists]) for i in range(3))
     by_name = dict(zip(_COLUMNS, columns.T, strict=True))
-    return Facts(by_name, volumes, components, descriptors.astype(np.float32), list(places))
+    return Facts(by_name, volumes, components, descriptors.astype(np.float32), scan_ids)
 
 
 _COLUMNS = (

@@ -5,9 +5,11 @@ embeddings, its threshold set so that 0.5 % of the voxels are in doubt; with --t
 to 20 scans. One thread a process. Keys:
   label.share_of_network_speed   seconds of the very same batches of windows, passes and generators, and nothing else /
                                  seconds of `label_cohort` on the scans: reading, blending, matching, writing, ledger
+  label.share_of_network_cpu     the same in CPU time of the process: what a busy machine cannot blur, and what one core
+                                 without another to overlap on would see
   label.voxels_per_s             of the run's grid, end to end
-  label.plain_over_ours          seconds of a plain script (nibabel, MONAI's sliding_window_inference, M passes, mean,
-                                 argmax, save) / ours without matching, which the script has not
+  label.plain_over_ours          CPU seconds of a plain script (nibabel, MONAI's sliding_window_inference, M passes,
+                                 mean, argmax, save) / ours without matching, which the script has not
   label.same_as_plain            share of voxels with the same label; passes draw other dropout
   label.actors_2_over_1          scans a second of two Ray actors / of one, from the first result to the last
 """
@@ -35,6 +37,7 @@ from distseg.data.cohort import Cohort
 from distseg.data.intensity import Intensity
 from distseg.data.nifti import read_nifti
 from distseg.data.phantom import make_phantom
+from distseg.errors import FinishedWithFailures
 from distseg.inference import teacher_passes
 from distseg.inference.model import ModelInfo, build_network, save_model
 from distseg.inference.whole_scan import cached_model, model_fingerprint
@@ -84,20 +87,27 @@ class _Bench:
         voxels = sum(line["voxels"] for line in facts)
         no_matching = dataclasses.replace(self.settings, threshold=99.0)
         plain_masks = {image: self._plain(image) for image in sorted(self.images.iterdir())}
-        seconds: dict[str, list[float]] = {"end to end": [], "alone": [], "no matching": [], "plain": []}
+        work: dict[str, Callable[[], object]] = {
+            "end to end": self._label,
+            "alone": lambda: [replay() for replay in recorded],
+            "no matching": lambda: self._label(no_matching),
+            "plain": lambda: [self._plain(image) for image in plain_masks],
+        }
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
         for _ in range(rounds):  # interleaved: a machine that drifts drifts for all alike
-            seconds["end to end"].append(_timed(self._label))
-            seconds["alone"].append(_timed(lambda: [replay() for replay in recorded]))
-            seconds["no matching"].append(_timed(lambda: self._label(no_matching)))
-            seconds["plain"].append(_timed(lambda: [self._plain(image) for image in plain_masks]))
-        median = {name: statistics.median(values) for name, values in seconds.items()}
-        Console().print({name: f"{value:.2f} s" for name, value in median.items()})
+            for name, function in work.items():
+                seconds[name].append(_timed(function))
+        median, cpu = (
+            {name: statistics.median(t[i] for t in taken) for name, taken in seconds.items()} for i in (0, 1)
+        )
+        Console().print({name: f"{median[name]:.2f} s, {cpu[name]:.2f} s of CPU" for name in work})
         ours = self.scratch / f"out_{self.outputs - 1}"
         same = [np.mean(read_nifti(ours / "masks" / image.name).array == mask) for image, mask in plain_masks.items()]
         return {
             "label.share_of_network_speed": median["alone"] / median["end to end"],
+            "label.share_of_network_cpu": cpu["alone"] / cpu["end to end"],
             "label.voxels_per_s": voxels / median["end to end"],
-            "label.plain_over_ours": median["plain"] / median["no matching"],
+            "label.plain_over_ours": cpu["plain"] / cpu["no matching"],
             "label.same_as_plain": float(np.mean(same)),
         }
 
@@ -137,11 +147,13 @@ class _Bench:
             facts.append(made.facts)
             return made
 
-        label_cohort(
+        report = label_cohort(
             run=self.run, cohort=str(cohort or self.images), output=str(output), settings=settings or self.settings,
             executor=executor or LocalExecutor(1, at_once=2), progress=False,
             labeller=label_one if executor else labeller,
         )  # fmt: skip
+        if report.set_aside:
+            raise FinishedWithFailures("the bench's own scans", report.set_aside)
         return facts
 
     def _threshold_of(self, share: float) -> float:
@@ -260,7 +272,8 @@ def _write(path: Path, array: np.ndarray, spacing_mm: Any) -> None:
     nib.save(nib.Nifti1Image(np.ascontiguousarray(array.transpose(2, 1, 0)), np.diag([-x, -y, z, 1.0])), path)
 
 
-def _timed(function: Callable[[], object]) -> float:
-    begun = time.perf_counter()
+def _timed(function: Callable[[], object]) -> tuple[float, float]:
+    """Seconds, and seconds of CPU."""
+    begun = time.perf_counter(), time.process_time()
     function()
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun[0], time.process_time() - begun[1]

@@ -1,8 +1,9 @@
 """Does labelling find the scans that went wrong, and is matching better than the argmax it replaces?
 
 Labels the annotated validation scans of a cohort by `label_cohort`, as `distseg label` does (overlap 0.25, for time),
-and only then opens their annotations. The teacher's argmax and the label after matching come from one reading, on the run's
-grid; the ranking is that of scans.csv, against the Dice of the masks on native grids. Keys, means over scans:
+and only then opens their annotations. The teacher's argmax and the label after matching come from one reading,
+on the run's grid; the ranking is that of scans.csv, against the Dice of the masks on native grids. Keys, means over
+scans:
   label_quality.dice.argmax  .matched      and iou, on the run's grid, all classes' mean
   label_quality.matched_gain               matched - argmax of the Dice, with its 95 % bootstrap interval .low and .high
   label_quality.doubtful_right.argmax  .matched    share of the doubtful voxels whose label is the annotation's

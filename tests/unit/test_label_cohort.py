@@ -67,6 +67,12 @@ def contents(output: Path) -> dict[str, bytes]:
     return {f"{kind}/{f.name}": f.read_bytes() for kind in KINDS for f in sorted((output / kind).iterdir())}
 
 
+def reviewed(output: Path) -> list[str]:
+    """next_to_label.csv, and scans.csv but for `seconds`, its last column."""
+    rows = [line.rpartition(",")[0] for line in (output / "scans.csv").read_text().splitlines()]
+    return [(output / "next_to_label.csv").read_text(), *rows]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(run: str, cohort_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All scans labelled in one go; read only."""
@@ -282,6 +288,7 @@ def test_three_kills_leave_what_no_kill_leaves(undisturbed: Path, run: str, coho
     assert report.done_before >= 6
     assert committed.items() <= {f.name: f.stat().st_ino for f in (output / "masks").iterdir()}.items()
     assert contents(output) == contents(undisturbed)
+    assert reviewed(output) == reviewed(undisturbed)
     lines = [line["done"] for line in read_ledger(ledger_path(output)) if "done" in line]
     assert sorted(lines) == ALL
 

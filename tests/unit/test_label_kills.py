@@ -1,28 +1,38 @@
-"""Twenty times SIGKILL at random progress while the command line labels a hundred phantoms: not a byte differs."""
+"""Twenty times SIGKILL at random progress while a hundred small phantoms are labelled: not a byte differs."""
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
 import pytest
 
-from distseg.data.label_output import KINDS, ledger_path, read_ledger
-from distseg.data.phantom import write_phantoms
+from distseg.config.schema import LabelSectionConfig
+from distseg.data.label_output import ledger_path, read_ledger
+from distseg.work.executor import LocalExecutor
+from distseg.work.label_cohort import label_cohort
+from tests.unit.test_label_cohort import contents, reviewed
+from tests.unit.tiny_cohort import AFFINE, scan_arrays
 from tests.unit.tiny_run import make_run
 
-SCANS, KILLS = 100, 20
+SCANS, KILLS, SEED = 100, 20, 0
+POOL_EVERY = 5  # of the drivers, one in so many has two worker processes, of which one is killed before it
 
 
-def command(run: str, images: Path, output: Path) -> list[str]:
-    words = [f"run={run}", f"cohort={images}", f"output={output}", "launcher=local", "resources.workers=2"]
-    more = ["label.overlap=0.25", "label.review_scans=0", "logging.progress=false"]
-    return [sys.executable, "-m", "distseg.cli", "label", *words, *more]
+def drive(run: str, images: str, output: str, workers: int) -> None:
+    settings = LabelSectionConfig(overlap=0.0, review_scans=2)
+    executor = LocalExecutor(workers, at_once=2)
+    try:
+        label_cohort(run=run, cohort=images, output=output, settings=settings, executor=executor, progress=False)
+    finally:
+        executor.close()
 
 
 def masks(output: Path) -> dict[str, int]:
@@ -36,35 +46,49 @@ def workers_of(driver: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_twenty_kills_leave_what_no_kill_leaves(tmp_path: Path) -> None:
-    images = tmp_path / "phantoms/imagesTr"
-    write_phantoms(tmp_path / "phantoms", scans=SCANS, labelled=1, seed=5, val=0)
-    run = make_run(tmp_path, patch_zyx=(24, 24, 24), spacing_mm=(6.0, 5.0, 5.0))
-    subprocess.run(command(run, images, tmp_path / "undisturbed"), check=True)
-    rng, output = random.Random(0), tmp_path / "o"
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(SCANS):
+        nib.save(nib.Nifti1Image(scan_arrays(number)[0], AFFINE), images / f"phantom_{number:03d}.nii.gz")
+    run, context = make_run(tmp_path), multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distseg.work.label_cohort"])
+
+    def start(output: Path, workers: int) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=drive, args=(run, str(images), str(output), workers))
+        process.start()
+        return process
+
+    undisturbed = start(tmp_path / "undisturbed", 1)
+    undisturbed.join()
+    assert undisturbed.exitcode == 0
+    rng, output = random.Random(SEED), tmp_path / "o"
     committed: dict[str, int] = {}
     for kill in range(KILLS):
-        before = len(committed)
-        wanted = min(before + rng.randint(1, 2 * SCANS // KILLS), SCANS - 1)
-        driver = subprocess.Popen(command(run, images, output))
-        while driver.poll() is None and len(masks(output)) < wanted:
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.1)
-        if kill % 3 == 2 and workers_of(driver.pid):  # a worker dies first, and the driver sees it
-            os.kill(rng.choice(workers_of(driver.pid)), signal.SIGKILL)
+        workers = 2 if kill % POOL_EVERY == POOL_EVERY - 1 else 1
+        wanted = min(len(committed) + rng.randint(1, 2 * SCANS // KILLS - 3), SCANS - 1)
+        driver = start(output, workers)
+        while driver.is_alive() and len(masks(output)) < wanted:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        if workers > 1:  # a worker dies first, and the driver sees it
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.kill(rng.choice(workers_of(driver.pid or 0)), signal.SIGKILL)
             time.sleep(rng.random())
+        assert driver.is_alive(), f"kill {kill}: it was done before it was killed"
         driver.kill()
-        driver.wait()
+        driver.join()
         now = masks(output)
         assert committed.items() <= now.items(), f"kill {kill}: a committed scan was done again"
         committed = now
     assert len(committed) < SCANS
-    subprocess.run(command(run, images, output), check=True)
+    drive(run, str(images), str(output), 1)
     assert committed.items() <= masks(output).items()
-    for kind in KINDS:
-        expected = {f.name: f.read_bytes() for f in (tmp_path / "undisturbed" / kind).iterdir()}
-        assert {f.name: f.read_bytes() for f in (output / kind).iterdir()} == expected
-        assert len(expected) == SCANS
+    assert contents(output) == contents(tmp_path / "undisturbed")
+    assert reviewed(output) == reviewed(tmp_path / "undisturbed")
+    assert len(masks(output)) == SCANS
     lines = [line["done"] for line in read_ledger(ledger_path(output)) if "done" in line]
     assert len(lines) == len(set(lines)) == SCANS
+    assert not [line for line in read_ledger(ledger_path(output)) if "failed" in line]
+    assert sorted(f.name for f in output.iterdir()) == sorted(f.name for f in (tmp_path / "undisturbed").iterdir())

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import math
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from distseg.data.keys import Purpose, torch_generators
+from distseg.data.plane_spool import PlaneSpool
+from distseg.data.volume import NativeGrid
 from distseg.inference.label_scan import Grids, LabelRule, _capacities, label_scan
 from distseg.inference.scan_facts import FactsOfPlanes
 from distseg.inference.sliding_window import segment
@@ -25,6 +28,7 @@ from distseg.inference.windows import WindowGrid, gaussian_profile, window_start
 from distseg.networks import stochastic
 from distseg.networks.stochastic import stochastic_logits
 from distseg.networks.unet import NetworkOutput, UNet3D
+from tests.bench.memory import peak_mib
 
 PATCH, CLASSES, ID = (8, 6, 8), 3, "scan"
 RULE = LabelRule(PassSettings(3, 0.05, None, "mean_of_entropies"), threshold_nats=1.02)
@@ -170,7 +174,7 @@ def test_the_same_scan_gives_the_same_bytes_and_another_seed_does_not() -> None:
 
 
 def test_the_quantile_is_of_the_scans_own_entropies() -> None:
-    image = np.random.default_rng(6).normal(size=(14, 10, 12)).astype(np.float32)
+    image = np.random.default_rng(6).normal(size=(15, 11, 13)).astype(np.float32)
     _, entropy, *_ = whole_volume(image, network(), 0.5, None, RULE)
     for share in (0.5, 0.9):
         _, trust, facts = run(image, network(), dataclasses.replace(RULE, quantile=share))
@@ -244,6 +248,52 @@ def test_memory_does_not_grow_with_depth() -> None:
         grids = [WindowGrid.of((depth, 12, 16), PATCH, overlap) for depth in (64, 6400)]
         assert [_capacities(grid, grid.cells(0)) for grid in grids] == [_capacities(grids[0], grids[0].cells(0))] * 2
         assert max(_capacities(grids[0], grids[0].cells(0))) <= 2 * PATCH[0]
+
+
+class Mostly:
+    """An image [Z, 128, 128] that is read by region: air, with something in one window of 32."""
+
+    dtype = np.dtype(np.int16)
+
+    def __init__(self, depth: int) -> None:
+        self.shape = (depth, 128, 128)
+
+    def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
+        values = np.zeros([s.stop - s.start for s in box], np.int16)
+        if box[0].start % 128 == 0:
+            values[:8, 20:50, 20:50] = 700
+        return values
+
+
+def test_memory_is_a_plus_a_byte_a_voxel(tmp_path: Path) -> None:
+    """All of it, of the process: slabs, network, planes that wait, both files written, by the kernel's high-water mark.
+    A full-volume float of one class alone would be four bytes a voxel."""
+    net = network()
+
+    def label_and_write(depth: int) -> None:
+        affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+        native = NativeGrid((128, 128, depth), affine)
+        quick = LabelRule(dataclasses.replace(RULE.passes, passes=1), threshold_nats=1.09)
+        with PlaneSpool(tmp_path) as masks, PlaneSpool(tmp_path) as trusts:
+
+            def sink(_: int, mask: np.ndarray, trust: np.ndarray) -> None:
+                masks.add(mask)
+                trusts.add(trust)
+
+            label_scan(
+                Mostly(depth), scan_id=ID, teacher=net, matcher=Prototypes(), rule=quick,
+                grids=Grids((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (depth, 128, 128)),
+                patch_zyx=(16, 64, 64), overlap=0.0, normalise=lambda box: box.astype(np.float32) / 400, fill=0.0,
+                num_classes=CLASSES, batch_size=4, device=CPU, sink=sink,
+            )  # fmt: skip
+            for name, spool in (("mask", masks), ("trust", trusts)):
+                spool.write_nifti(tmp_path / f"{name}.nii.gz", native)
+
+    label_and_write(128)  # what torch and oneDNN keep
+    shallow, deep = (peak_mib(lambda depth=depth: label_and_write(depth), CPU) for depth in (128, 768))
+    if shallow is None or deep is None:
+        pytest.skip("this system does not tell a process' peak")
+    assert deep - shallow < 1.2 * (768 - 128) * 128 * 128 / 2**20 + 4
 
 
 @given(size=st.integers(1, 60), patch=st.integers(1, 16), overlap=st.sampled_from([0.0, 0.25, 0.5, 0.9]))
