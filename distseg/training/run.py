@@ -24,7 +24,8 @@ import yaml
 from distseg import __version__
 from distseg.config.compose import from_plain, identity, identity_hash, recipe_hash, to_plain
 from distseg.config.schema import TrainRunConfig
-from distseg.errors import DataError, RunMismatchError
+from distseg.config.untrusted import read_yaml
+from distseg.errors import DataError, InputError, RunMismatchError
 from distseg.training.plan import Plan
 
 FORMAT = 1
@@ -51,11 +52,13 @@ class RunDirectory:
         if not self.config_file.exists():
             return None
         try:
-            content = yaml.safe_load(self.config_file.read_text())
+            content = read_yaml(self.config_file, "run")
             if content["format"] != FORMAT:
                 raise DataError("run of another format", where=self.config_file, value=content["format"])
             return StoredRun(from_plain(content["config"], TrainRunConfig), Plan.from_plain(content["plan"]))
-        except (yaml.YAMLError, KeyError, TypeError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            if isinstance(error, InputError):
+                raise
             raise DataError(f"unreadable run: {type(error).__name__} {error}", where=self.config_file) from error
 
     def check_same(self, config: TrainRunConfig, stored: StoredRun) -> None:
