@@ -184,6 +184,7 @@ def evaluate(
     name: str | None = None,
     network: Literal["student", "teacher"] | None = None,
     overlap: float | None = None,
+    components: Literal["model", "all"] | None = None,
     launcher: Launcher | None = None,
     workers: int | None = None,
     progress: bool | None = None,
@@ -204,6 +205,7 @@ def evaluate_from_config(config: EvaluateConfig) -> dict[str, Any]:
             name=config.name or config.split,
             network=config.network,
             overlap=config.overlap,
+            components=config.components,
             executor=executor,
             progress=config.logging.progress,
         )
@@ -217,15 +219,18 @@ def predict(
     by: Literal["network", "label"] | None = None,
     network: Literal["student", "teacher"] | None = None,
     overlap: float | None = None,
+    components: Literal["model", "all"] | None = None,
     label: LabelRuleConfig | None = None,
+    format: Literal["nifti", "dicom_seg"] | None = None,
     launcher: Launcher | None = None,
     workers: int | None = None,
     progress: bool | None = None,
 ) -> PredictReport:
     """Segment one file, a folder of NIfTI or the DICOM series below a folder; each mask lies in its input's own grid.
 
-    `by="label"` gives what `distseg label` would, by the rule `label`, in place of the network's argmax. Raises
-    FinishedWithFailures with the files that could not be segmented; the other masks are written.
+    `by="label"` gives what `distseg label` would, by the rule `label`, in place of the network's argmax;
+    `format="dicom_seg"` a DICOM-SEG that refers to its series (distseg[io]). Raises FinishedWithFailures with the files
+    that could not be segmented; the other masks are written.
     """
     return predict_from_config(_config(PredictConfig, locals()))
 
@@ -241,7 +246,9 @@ def predict_from_config(config: PredictConfig) -> PredictReport:
             output=config.output,
             network=config.network,
             overlap=config.overlap,
+            components=config.components,
             label=config.label if config.by == "label" else None,
+            format=config.format,
             executor=executor,
             progress=config.logging.progress,
         )
@@ -336,7 +343,7 @@ def benchmark(
     rows: Sequence[str] | None = None,
     labelled: Sequence[int | str] | None = None,
     seeds: Sequence[int] | None = None,
-    phase_a_from: str | os.PathLike[str] | None = None,
+    cells_from: str | os.PathLike[str] | None = None,
     side_by_side: int | None = None,
     gpus_per_cell: float | None = None,
     launcher: Launcher | None = None,
@@ -344,9 +351,10 @@ def benchmark(
 ) -> BenchmarkResult:
     """Run a suite of methods x label counts x seeds on a cohort; tables, curves and figures in `run`. Resumes.
 
-    `suite` is a name of conf/suites or a YAML file; `rows`, `labelled` and `seeds` run a part of it. `phase_a_from` is
-    another benchmark's directory whose phase A is branched from. Raises ConfigError before anything runs, and
-    FinishedWithFailures with the cells that failed, when the others are in the tables.
+    `suite` is a name of conf/suites or a YAML file; `rows`, `labelled` and `seeds` run a part of it. `cells_from` is
+    another benchmark's directory: what it finished with the same configuration is read there, not trained again.
+    Raises ConfigError before anything runs, and FinishedWithFailures with the cells that failed, when the others are in
+    the tables.
     """
     config = _config(BenchmarkConfig, locals())
     if gpus_per_cell is not None:
@@ -357,7 +365,7 @@ def benchmark(
 def benchmark_from_config(config: BenchmarkConfig) -> BenchmarkResult:
     from distseg.work.benchmark import run_benchmark
 
-    config = _absolute(config, "cohort", "run", "phase_a_from")
+    config = _absolute(config, "cohort", "run", "cells_from")
     cells = ResourcesConfig(workers=config.side_by_side, gpus_per_worker=config.resources.gpus_per_worker)
     with _executor(config.launcher, cells) as executor:
         return run_benchmark(config, executor=executor)
@@ -483,14 +491,17 @@ def _list(values: Sequence[float] | None) -> list[float] | None:
 
 
 def _absolute(config: Config, *names: str) -> Config:
-    """A copy of `config` whose paths `names` are absolute; None stays None."""
+    """A copy of `config` whose paths `names` are absolute; None stays None, and a cohort's URL as it is."""
     paths: dict[str, str] = {}
     for name in names:
         path = getattr(config, name)
         if path is None:
             continue
+        if "://" in path and name == "cohort":
+            paths[name] = path
+            continue
         if "://" in path:
-            rule = "a folder or file of this file system, mounted storage included"
+            rule = "a folder or file of this file system, mounted storage included; only cohort= may be a URL"
             raise ConfigError("not a local path", where=name, value=path, rule=rule, fix=f"set {name}=PATH")
         if not path.strip():
             raise ConfigError("empty path", where=name, fix=f"set {name}=PATH")

@@ -20,7 +20,7 @@ VERBATIM_KEYS = frozenset(
     (
         "cohort", "run", "source", "input", "output", "train.init_from", "data.pseudo_labels",
         "scan", "name",
-        "suite", "phase_a_from", "storage", "tune.space", "logging.mlflow", "logging.wandb",
+        "suite", "cells_from", "storage", "tune.space", "logging.mlflow", "logging.wandb",
     )
 )  # fmt: skip
 

@@ -77,17 +77,29 @@ class FinishedWithFailures(DistsegError, RuntimeError):
 
 
 class NonFiniteLossError(DistsegError, ArithmeticError):
-    """A loss became NaN or infinite; the run's checkpoints are from before."""
+    """Losses or gradients were NaN or infinite, step after step; none of those steps changed the student."""
 
-    def __init__(self, step: int, terms: Sequence[str], scans: Sequence[str]) -> None:
-        self.step, self.terms, self.scans = step, tuple(terms), tuple(scans)
+    def __init__(self, step: int, skipped: int, trouble: str) -> None:
+        self.step, self.skipped, self.trouble = step, skipped, trouble
         super().__init__(
-            f"step {step}: {', '.join(terms) or 'loss'} is not finite on {', '.join(scans)}; "
-            "look at those scans, or lower optimizer.lr"
+            f"step {step}: {trouble}; {skipped} steps in a row were skipped, the checkpoints hold what was before; "
+            "look at those scans, or start again with a lower optimizer.lr"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), (self.step, self.terms, self.scans), {})
+        return _rebuild, (type(self), (self.step, self.skipped, self.trouble), {})
+
+
+class WorkersLostError(DistsegError, RuntimeError):
+    """Workers of a group that the others wait for in vain: they hang, or have died."""
+
+    def __init__(self, ranks: Sequence[int], why: str) -> None:
+        self.ranks, self.why = tuple(ranks), why
+        named = f"rank {ranks[0]} does" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} do"
+        super().__init__(f"{named} not answer: {why}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), (self.ranks, self.why), {})
 
 
 def _rebuild(kind: type[DistsegError], args: tuple[Any, ...], keywords: dict[str, Any]) -> DistsegError:

@@ -10,5 +10,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # otherwise e
 
 from hypothesis import HealthCheck, settings
 
+from tests.own_process import pytest_runtest_logreport, pytest_runtest_protocol  # noqa: F401  # hooks
+
 settings.register_profile("distseg", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("distseg")

@@ -33,11 +33,13 @@ NOT_IDENTITY = (
     "matching.placement",
     "train.profile",
     "train.threads",
+    "train.stop_after_skipped",
+    "train.worker_timeout_s",
 )
 # Nor do these, of a method that does not match.
 ONLY_MATCHING = ("matching", "references")
 # What every method of a table must share.
-RECIPE = ("data", "network", "sampling", "augment", "optimizer", "train")
+RECIPE = ("data", "network", "sampling", "augment", "optimizer", "train", "postprocess")
 
 
 def train_config(

@@ -62,6 +62,7 @@ PRESETS: dict[str, Values] = {
         "augment": {"flip": "none", "intensity_scale": 0.0, "intensity_shift": 0.0, "student_noise_sigma": 0.02},
         "optimizer": {"lr": 1e-4, "betas": [0.9, 0.99], "schedule": "constant"},
         "train": {"batch_size": 2, "ema_decay": 0.99},
+        "postprocess": {"components": "all"},
     },
 }
 

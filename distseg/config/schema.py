@@ -17,6 +17,7 @@ LAUNCHERS = ("ray", "local")
 # What training measures on validation patches, keys of metrics.jsonl, and whether more of it is better.
 OBJECTIVES = {"val_dice": "max"}
 EXPORT_FORMATS = ("monai_bundle", "onnx", "torchscript")
+MASK_FORMATS = ("nifti", "dicom_seg")
 
 
 @dataclass
@@ -78,7 +79,7 @@ class SamplingConfig:
     """Where patches are placed. The labelled rest beyond `foreground_share` is uniform inside the body."""
 
     patch_zyx: list[int] = field(default_factory=lambda: [32, 32, 32])
-    foreground_share: float = 0.5
+    foreground_share: float = 0.33  # of the labelled patches: three seeds of protocol C against a half (RESULTS.md)
     unlabelled: str = "body"  # body: uniform inside it; doubt: a share where a coarse teacher pass is unsure
     doubt_share: float = 0.5
     doubt_every_steps: int = 100
@@ -288,6 +289,8 @@ class TrainConfig:
     profile: bool = False  # a trace and a table of a few steps in RUN/profile
     diagnostics: bool = False  # open hidden truth of unlabelled scans to measure matched_accuracy; never trains on it
     threads: int | None = None  # torch threads a worker; None: this machine's cores over its workers
+    stop_after_skipped: int = 5  # steps in a row: each whose loss or gradient is not finite is skipped and told
+    worker_timeout_s: int = 900  # others wait no longer for a worker; longer than compiling or a slow disk take
 
     def __post_init__(self) -> None:
         at_least("train.steps", self.steps, 1)
@@ -296,6 +299,8 @@ class TrainConfig:
         one_of("train.precision", self.precision, ("auto", "float32", "bfloat16", "float64"))
         between("train.ema_decay", self.ema_decay, 0.0, 1.0)
         at_least("train.validation_patches", self.validation_patches, 1)
+        at_least("train.stop_after_skipped", self.stop_after_skipped, 1)
+        at_least("train.worker_timeout_s", self.worker_timeout_s, 1)
         for name in ("slots_per_pass", "validate_every_steps", "threads"):
             if getattr(self, name) is not None:
                 at_least(f"train.{name}", getattr(self, name), 1)
@@ -303,13 +308,17 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    """A checkpoint every so many steps and at the end; the newest `keep` stay, and the best on validation."""
+    """A checkpoint every so many steps, every so many minutes and at the end; the newest `keep` stay, and the best on
+    validation."""
 
     every_steps: int = 100
+    every_minutes: float | None = 10.0
     keep: int = 2
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every_steps", self.every_steps, 1)
+        if self.every_minutes is not None:
+            between("checkpoint.every_minutes", self.every_minutes, 0.0, 1e5)
         at_least("checkpoint.keep", self.keep, 1)
 
 
@@ -336,6 +345,17 @@ class LoggingConfig:
 
 
 @dataclass
+class PostprocessConfig:
+    """What becomes of the network's masks; part of the model."""
+
+    # auto: of classes that are one piece in the labelled scans the largest component alone; largest: of every class
+    components: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("postprocess.components", self.components, ("auto", "all", "largest"))
+
+
+@dataclass
 class TrainRunConfig:
     """`distseg train`."""
 
@@ -354,6 +374,7 @@ class TrainRunConfig:
     matching: MatchingConfig = field(default_factory=MatchingConfig)
     references: ReferencesConfig = field(default_factory=ReferencesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -506,6 +527,7 @@ class EvaluateConfig:
     name: str | None = None  # folder under RUN/evaluation; None: the split's name
     network: str = "student"  # whose figures are the table's; the other's stand beside
     overlap: float = 0.5  # share of a window that its neighbour covers too
+    components: str = "model"  # model: filtered as the run's postprocess.components said; all: as the network has them
     launcher: str = "local"
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -514,6 +536,7 @@ class EvaluateConfig:
         one_of("network", self.network, ("student", "teacher"))
         between("overlap", self.overlap, 0.0, 0.9)
         one_of("launcher", self.launcher, LAUNCHERS)
+        one_of("components", self.components, ("model", "all"))
 
 
 @dataclass
@@ -591,16 +614,20 @@ class PredictConfig:
     by: str = "network"  # network: its argmax, as evaluate; label: the teacher's passes and matching, as distseg label
     network: str = "student"  # by=network
     overlap: float = 0.5  # by=network
+    components: str = "model"  # by=network; model: filtered as the run's postprocess.components said; all: not filtered
     label: LabelRuleConfig = field(default_factory=LabelRuleConfig)  # by=label
+    format: str = "nifti"  # dicom_seg: of DICOM series; names patient and study, as the standard has it (distseg[io])
     launcher: str = "local"
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         one_of("by", self.by, ("network", "label"))
+        one_of("format", self.format, MASK_FORMATS)
         one_of("network", self.network, ("student", "teacher"))
         between("overlap", self.overlap, 0.0, 0.9)
         one_of("launcher", self.launcher, LAUNCHERS)
+        one_of("components", self.components, ("model", "all"))
 
 
 @dataclass
@@ -666,9 +693,7 @@ class BenchmarkConfig:
     rows: list[str] | None = None
     labelled: list[str] | None = None
     seeds: list[int] | None = None
-    phase_a_from: str | None = (
-        None  # another benchmark's directory, whose phase A is branched from where it is the same
-    )
+    cells_from: str | None = None  # another benchmark's directory: its cells of the same configuration are read there
     side_by_side: int = 2  # cells that run at once, one process each
     launcher: str = "local"
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)  # of one cell

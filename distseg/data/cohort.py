@@ -9,10 +9,13 @@
         samples/intensities float32 [n]
 /x/cohort.index.jsonl       a line a scan; of two lines for one scan the later counts; a cache that repair rebuilds
 /x/cohort.sources.jsonl     where each scan came from; never in the store
+
+/x may be an fsspec URL: s3://bucket/x.
 """
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,9 +25,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
+from distseg.config.untrusted import check_name, read_json
+from distseg.data.arrays import StoredArray, open_array
 from distseg.data.nifti import write_nifti
+from distseg.data.place import as_place, join, reachable
+from distseg.data.scan_attributes import DAMAGE, parse_all
 from distseg.data.volume import Geometry, NativeGrid, Shape, Spacing, shape3, spacing3
 from distseg.errors import DataError, InputError
 
@@ -55,14 +61,16 @@ class ScanRecord:
         """Raises DataError for a line that lacks a field or holds something else in it."""
         try:
             return cls._parsed(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            if isinstance(error, DataError):
+                raise
             what = f"a line of the cohort's index is damaged: {type(error).__name__} {error}"
             raise DataError(what, value=str(data)[:80], fix="run distseg cohort action=repair") from error
 
     @classmethod
     def _parsed(cls, data: Mapping[str, Any]) -> ScanRecord:
         return cls(
-            scan_id=str(data["id"]),
+            scan_id=check_name(str(data["id"]), where="the cohort's index", what="scan id"),
             shape=shape3(data["shape"]),
             spacing_mm=spacing3(data["spacing_mm"]),
             labelled=bool(data["labelled"]),
@@ -93,15 +101,16 @@ class Scan:
     scan_id: str
 
     @cached_property
-    def _group(self) -> zarr.Group:
-        return zarr.open_group(self.path, mode="r", zarr_format=3)
-
-    @cached_property
     def attrs(self) -> dict[str, Any]:
-        attrs = read_attrs(Path(self.path))
+        attrs = read_attrs(as_place(self.path))
         if attrs is None or attrs.get("complete") is not True:
             fix = "run distseg cohort action=repair, then ingest again"
             raise DataError("scan is not complete in the store", where=self.scan_id, fix=fix)
+        try:
+            parse_all(attrs)
+        except DAMAGE as error:
+            what = f"the scan's attributes are damaged: {type(error).__name__} {str(error)[:200]}"
+            raise DataError(what, where=self.scan_id, fix="ingest that scan again") from error
         return attrs
 
     @cached_property
@@ -114,13 +123,13 @@ class Scan:
         return NativeGrid.from_json(self.attrs["native"])
 
     @cached_property
-    def image(self) -> zarr.Array[Any]:
-        return self._array("0")
+    def image(self) -> StoredArray:
+        return self._on_grid("0")
 
     @cached_property
-    def annotation(self) -> zarr.Array[Any] | None:
+    def annotation(self) -> StoredArray | None:
         """The label on the stored grid, uint8; None where unlabelled."""
-        return self._array("labels/annotation/0") if self.attrs["labelled"] else None
+        return self._on_grid("labels/annotation/0") if self.attrs["labelled"] else None
 
     def native_annotation(self) -> npt.NDArray[np.uint8] | None:
         """The label [Z, Y, X] at native spacing, voxel for voxel the source's; None where unlabelled."""
@@ -177,9 +186,16 @@ class Scan:
         voxels = np.asarray(self._array("samples/voxels")[...], np.int32)
         return voxels, np.asarray(self._array("samples/intensities")[...], np.float32)
 
-    def _array(self, name: str) -> zarr.Array[Any]:
-        # Opened by path: asking the group for a nested array reads every zarr.json on the way.
-        return zarr.open_array(f"{self.path}/{name}", mode="r", zarr_format=3)
+    def _on_grid(self, name: str) -> StoredArray:
+        array = self._array(name)
+        if array.shape != self.geometry.shape:
+            rule, fix = f"the scan's attributes say {self.geometry.shape}", "remove the scan, then ingest it again"
+            where = f"{self.scan_id}/{name}"
+            raise DataError("array and attributes differ in shape", where=where, value=array.shape, rule=rule, fix=fix)
+        return array
+
+    def _array(self, name: str) -> StoredArray:
+        return open_array(f"{self.path}/{name}")
 
 
 @dataclass(frozen=True)
@@ -195,7 +211,7 @@ class Cohort:
     @classmethod
     def open(cls, path: str | Path) -> Cohort:
         """Raises InputError where there is no cohort, DataError where its index is missing or of another version."""
-        root = local_path(path)
+        root = reachable(path)
         attrs = read_attrs(root)
         if attrs is None:
             raise InputError("no cohort there", where=root, fix="make one with distseg ingest source=... cohort=...")
@@ -203,15 +219,19 @@ class Cohort:
         if not index_path(root).is_file():
             fix = f"run distseg cohort cohort={root} action=repair"
             raise DataError("the cohort's index is missing", where=index_path(root), fix=fix)
-        records = sorted(read_index(root).values(), key=lambda record: record.scan_id)
+        records = sorted(read_index(root).values(), key=_scan_id)
         spacing = attrs.get("spacing_mm")
-        return cls(
-            path=str(root),
-            classes={str(name): int(value) for name, value in attrs["classes"].items()},
-            channel_names={str(key): str(name) for key, name in attrs["channel_names"].items()},
-            spacing_mm=None if spacing is None else spacing3(spacing),
-            records=records,
-        )
+        try:
+            return cls(
+                path=str(root),
+                classes={str(name): int(value) for name, value in attrs["classes"].items()},
+                channel_names={str(key): str(name) for key, name in attrs["channel_names"].items()},
+                spacing_mm=None if spacing is None else spacing3(spacing),
+                records=records,
+            )
+        except DAMAGE as error:
+            what = f"the cohort's attributes are damaged: {type(error).__name__} {str(error)[:200]}"
+            raise DataError(what, where=root / "zarr.json", fix="ingest it again") from error
 
     @property
     def class_names(self) -> list[str]:
@@ -235,16 +255,14 @@ class Cohort:
         ]
 
     def scan(self, scan_id: str) -> Scan:
-        if all(record.scan_id != scan_id for record in self.records):
+        at = bisect.bisect_left(self.records, scan_id, key=_scan_id)
+        if at == len(self.records) or self.records[at].scan_id != scan_id:
             raise InputError("no such scan", where=self.path, value=scan_id, fix="see distseg cohort action=list")
-        return Scan(str(Path(self.path) / scan_id), scan_id)
+        return Scan(join(self.path, scan_id), scan_id)
 
 
-def local_path(path: str | Path) -> Path:
-    """The cohort's folder, absolute. Raises InputError for a URL, which this version cannot store to."""
-    if "://" in str(path):
-        raise InputError("not a local path", where="cohort", value=path, rule="a folder of this file system")
-    return Path(path).expanduser().absolute()
+def _scan_id(record: ScanRecord) -> str:
+    return record.scan_id
 
 
 def beside(cohort: Path, ending: str) -> Path:
@@ -264,7 +282,7 @@ def sources_path(cohort: Path) -> Path:
 def read_attrs(group: Path) -> dict[str, Any] | None:
     """The attributes of a Zarr v3 group, None where there is none that can be read."""
     try:
-        node = json.loads((group / "zarr.json").read_text(encoding="utf-8"))
+        node = read_json(group / "zarr.json")
     except (OSError, ValueError):
         return None
     attrs = node.get("attributes") if isinstance(node, dict) and node.get("node_type") == "group" else None
@@ -272,28 +290,31 @@ def read_attrs(group: Path) -> dict[str, Any] | None:
 
 
 def check_version(attrs: Mapping[str, Any], where: Path) -> None:
-    if attrs.get("format_version") != FORMAT_VERSION:
-        got, rule = attrs.get("format_version"), f"format_version {FORMAT_VERSION}"
-        raise DataError("not a cohort of this version", where=where, value=got, rule=rule, fix="ingest it again")
+    got = attrs.get("format_version")
+    if got != FORMAT_VERSION:
+        newer = isinstance(got, int) and got > FORMAT_VERSION
+        rule, fix = f"format_version {FORMAT_VERSION}", "install a newer distseg" if newer else "ingest it again"
+        raise DataError("not a cohort of this version", where=where, value=got, rule=rule, fix=fix)
 
 
 def read_index(cohort: Path) -> dict[str, ScanRecord]:
     """Scan id -> its last line; {} without an index."""
-    return {line["id"]: ScanRecord.from_json(line) for line in read_lines(index_path(cohort))}
+    records = [ScanRecord.from_json(line) for line in read_lines(index_path(cohort))]
+    return {record.scan_id: record for record in records}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file. A last line without its newline was cut off while being written: left out."""
     if not path.is_file():
         return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    whole, _, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
     lines = []
     for number, text in enumerate(whole.splitlines(), start=1):
         if not text.strip():
             continue
         try:
             lines.append(json.loads(text))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             fix = "run distseg cohort action=repair"
             raise DataError("line is not JSON", where=f"{path}:{number}", value=error, fix=fix) from error
     return lines

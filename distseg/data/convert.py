@@ -6,9 +6,10 @@ process killed at any point leaves either the whole scan or none. One process wr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 import shutil
+import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +18,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import BloscCodec, BloscShuffle
 
 from distseg.data.body import find_body
 from distseg.data.cohort import ScanRecord
 from distseg.data.formats import Case
-from distseg.data.volume import Geometry, Spacing, Volume, resample_box, shape3, target_geometry
+from distseg.data.layout import image_attrs, write_array, write_labels, write_samples
+from distseg.data.limits import needing_room
+from distseg.data.place import as_place
+from distseg.data.publish import put_in_place
+from distseg.data.regions import box_and_voxels, count_by_plane
+from distseg.data.values import INT16_OR_FLOAT, Narrowest, fits_int16, nonzero_mean_and_sd, slabs
+from distseg.data.volume import Geometry, Spacing, Volume, resample_box, target_geometry
 from distseg.errors import DataError
 
-CHUNK = 64
-CHUNKS_PER_SHARD = 4
 BODY_SAMPLES = 4000
 CLASS_SAMPLES = 2000
-AXES = ("z", "y", "x")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Known:
 
 @dataclass(frozen=True)
 class ScanTask:
-    """All that one worker needs for one scan. `staging` is on the store's file system; picklable."""
+    """All that one worker needs for one scan; picklable. `staging` is on the store's file system; "" for a store behind
+    a URL: then a temporary folder of the worker's machine is taken."""
 
     case: Case
     cohort: str
@@ -84,19 +88,20 @@ def convert_scan(task: ScanTask) -> Converted:
         "native": volume.native.to_json(),
         "stored": stored.to_json(),
     }
-    staged = Path(task.staging) / f"{case.scan_id}-{uuid.uuid4().hex[:8]}"
-    try:
-        group = zarr.create_group(staged, zarr_format=3, attributes=_image_attrs(stored))
-        _write_array(group, "0", image)
-        if annotation is not None:
-            native = (label, volume.geometry) if resampled else None
-            _write_labels(group, annotation=annotation, stored=stored, native=native, classes=task.classes)
-        _write_samples(group, voxels, intensities)
-        group.update_attributes(attrs)
-        group.update_attributes({"complete": True})
-        _put_in_place(staged, Path(task.cohort) / case.scan_id, Path(task.staging))
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with contextlib.ExitStack() as later:
+        folder = task.staging or later.enter_context(tempfile.TemporaryDirectory(prefix="distseg-"))
+        staged = Path(folder) / f"{case.scan_id}-{uuid.uuid4().hex[:8]}"
+        later.callback(shutil.rmtree, staged, ignore_errors=True)
+        with needing_room("for this scan", case.scan_id):
+            group = zarr.create_group(staged, zarr_format=3, attributes=image_attrs(stored))
+            write_array(group, "0", image)
+            if annotation is not None:
+                native = (label, volume.geometry) if resampled else None
+                write_labels(group, annotation=annotation, stored=stored, native=native, classes=task.classes)
+            write_samples(group, voxels, intensities)
+            group.update_attributes(attrs)
+            group.update_attributes({"complete": True})
+            put_in_place(staged, as_place(task.cohort) / case.scan_id)
     return Converted(record_of(case.scan_id, attrs), written=True)
 
 
@@ -132,29 +137,27 @@ def _on_stored_grid(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8] | None, Geometry]:
     """Image and label on the grid to store. The image becomes int16 where its values are whole and fit, else float32;
     a resampled CT of whole numbers is rounded back to them (0.5 HU is far below its noise, float32 twice the bytes)."""
-    whole = _is_int16(volume.array)
+    whole = fits_int16(volume.array)
     if spacing_mm is None:
         image = volume.array.astype(np.int16 if whole else np.float32, copy=False)
         return image, label, volume.geometry
     stored = target_geometry(volume.geometry, spacing_mm)
-    box: dict[str, Any] = {
-        "source_spacing_mm": volume.geometry.spacing_mm,
-        "target_spacing_mm": spacing_mm,
-        "start_zyx": (0, 0, 0),
-        "size_zyx": stored.shape,
-        "fill": 0,
-    }
-    image = resample_box(volume.array, order=1, **box)
-    if whole and (volume.modality == "CT" or _is_int16(image)):
-        image = np.rint(image).astype(np.int16)
-    return image, None if label is None else resample_box(label, order=0, **box), stored
-
-
-def _is_int16(array: npt.NDArray[Any]) -> bool:
-    low, high = float(array.min()), float(array.max())
-    limits = np.iinfo(np.int16)
-    in_range = low >= limits.min and high <= limits.max
-    return in_range and (array.dtype.kind in "iub" or bool(np.array_equal(array, np.rint(array))))
+    rounded = whole and volume.modality == "CT"
+    kept = Narrowest(stored.shape, INT16_OR_FLOAT if whole else (np.float32,))
+    annotation = None if label is None else np.empty(stored.shape, np.uint8)
+    for planes in slabs(stored.shape):
+        box: dict[str, Any] = {
+            "source_spacing_mm": volume.geometry.spacing_mm,
+            "target_spacing_mm": spacing_mm,
+            "start_zyx": (planes.start, 0, 0),
+            "size_zyx": (planes.stop - planes.start, *stored.shape[1:]),
+            "fill": 0,
+        }
+        values = resample_box(volume.array, order=1, **box)
+        kept.put((planes,), np.rint(values) if rounded else values)
+        if label is not None and annotation is not None:
+            annotation[planes] = resample_box(label, order=0, **box)
+    return kept.array, annotation, stored
 
 
 def _describe(
@@ -171,17 +174,19 @@ def _describe(
     body = find_body(image, modality=modality)
     regions = [(0, body.draw(BODY_SAMPLES, random))]
     foreground: dict[str, Any] = {}
-    for name, value in classes.items():
-        where = np.argwhere(annotation == value) if annotation is not None and value > 0 else np.empty((0, 3))
-        if len(where) == 0:
-            continue
-        box = [where.min(axis=0).tolist(), (where.max(axis=0) + 1).tolist()]
-        foreground[name] = {"value": value, "count": len(where), "box": box}
-        chosen = where[np.sort(random.permutation(len(where))[:CLASS_SAMPLES])]
-        regions.append((value, chosen.astype(np.int32)))
+    if annotation is not None:
+        counts = count_by_plane(annotation)
+        for name, value in classes.items():
+            count = int(counts[:, value].sum())
+            if value == 0 or count == 0:
+                continue
+            chosen = np.sort(random.choice(count, min(count, CLASS_SAMPLES), replace=False, shuffle=False))
+            box, drawn = box_and_voxels(annotation, value, counts[:, value], chosen)
+            foreground[name] = {"value": value, "count": count, "box": box}
+            regions.append((value, drawn))
     voxels = np.concatenate([np.insert(points, 0, value, axis=1) for value, points in regions]).astype(np.int32)
     intensities = image[voxels[:, 1], voxels[:, 2], voxels[:, 3]].astype(np.float32)
-    mean, sd = _nonzero_mean_and_sd(image)
+    mean, sd = nonzero_mean_and_sd(image)
     attrs = {
         "body_box": [list(corner) for corner in body.box],
         "foreground": foreground,
@@ -192,76 +197,3 @@ def _describe(
         },
     }
     return attrs, voxels, intensities
-
-
-def _nonzero_mean_and_sd(image: npt.NDArray[Any]) -> tuple[float, float]:
-    """Over the voxels that are not 0, in float64, slice by slice so that no float64 copy of the scan is made."""
-    count = int(np.count_nonzero(image))
-    if count == 0:
-        return 0.0, 0.0
-    mean = sum(float(axial.sum(dtype=np.float64)) for axial in image) / count
-    squares = sum(float(np.square(axial[axial != 0] - mean).sum()) for axial in image)
-    return mean, float(np.sqrt(squares / count))
-
-
-def _write_array(group: zarr.Group, name: str, data: npt.NDArray[Any]) -> None:
-    chunks = shape3(min(CHUNK, n) for n in data.shape)
-    shards = shape3(chunk * min(CHUNKS_PER_SHARD, -(-n // chunk)) for n, chunk in zip(data.shape, chunks, strict=True))
-    array = group.create_array(
-        name,
-        shape=data.shape,
-        dtype=data.dtype,
-        chunks=chunks,
-        shards=shards,
-        compressors=BloscCodec(cname="zstd", clevel=3, shuffle=BloscShuffle.bitshuffle, typesize=data.dtype.itemsize),
-        dimension_names=AXES,
-        fill_value=0,
-    )
-    array[...] = data
-
-
-def _write_labels(
-    group: zarr.Group,
-    *,
-    annotation: npt.NDArray[np.uint8],
-    stored: Geometry,
-    native: tuple[Any, Geometry] | None,
-    classes: dict[str, int],
-) -> None:
-    images: dict[str, tuple[Any, Geometry]] = {"annotation": (annotation, stored)}
-    if native is not None:
-        images["annotation_native"] = native
-    labels = group.create_group("labels", attributes={"ome": {"version": "0.5", "labels": list(images)}})
-    for name, (array, geometry) in images.items():
-        attrs = _image_attrs(geometry)
-        values = [{"label-value": value, "name": class_name} for class_name, value in classes.items() if value > 0]
-        attrs["ome"]["image-label"] = {"version": "0.5", "properties": values, "source": {"image": "../../"}}
-        _write_array(labels.create_group(name, attributes=attrs), "0", array)
-
-
-def _write_samples(group: zarr.Group, voxels: npt.NDArray[np.int32], intensities: npt.NDArray[np.float32]) -> None:
-    samples = group.create_group("samples")
-    for name, data in (("voxels", voxels), ("intensities", intensities)):
-        array = samples.create_array(name, shape=data.shape, dtype=data.dtype, chunks=data.shape)
-        array[...] = data
-
-
-def _image_attrs(geometry: Geometry) -> dict[str, Any]:
-    """OME-Zarr 0.5. It can say scale and translation only: exact unless the affine is oblique, which our own attributes
-    keep; the translation is the first voxel's LPS+ position, in z, y, x."""
-    transforms = [
-        {"type": "scale", "scale": list(geometry.spacing_mm)},
-        {"type": "translation", "translation": geometry.affine[[2, 1, 0], 3].tolist()},
-    ]
-    axes = [{"name": name, "type": "space", "unit": "millimeter"} for name in AXES]
-    datasets = [{"path": "0", "coordinateTransformations": transforms}]
-    return {"ome": {"version": "0.5", "multiscales": [{"name": "0", "axes": axes, "datasets": datasets}]}}
-
-
-def _put_in_place(staged: Path, final: Path, staging: Path) -> None:
-    """Rename into the store; an older version of the scan goes first and is gone after."""
-    old = staging / f"{final.name}-old-{uuid.uuid4().hex[:8]}"
-    if final.exists():
-        os.rename(final, old)
-    os.rename(staged, final)
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,10 +1,13 @@
-"""How large a scan may say it is before anything of that size is read: a header is a claim, not a fact."""
+"""How large a scan may say it is before anything of that size is read (a header is a claim, not a fact); and what a
+full disk is called."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from distseg.errors import DataError
 
@@ -30,6 +33,18 @@ def check_size(name: str, shape: Sequence[int], itemsize: int, *, at_most_nbytes
         rule = f"{COPIES} times its size within this machine's {memory_nbytes() / 2**30:.1f} GiB"
         fix = "crop it, or ingest on a larger machine"
         raise DataError("too large to read here", where=name, value=f"{claimed} bytes", rule=rule, fix=fix)
+
+
+@contextlib.contextmanager
+def needing_room(what: str, where: object) -> Iterator[None]:
+    """Around writing: a full disk, or a spent quota, is DataError "no room left `what`"."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fix = "make room, then give the same command again"
+        raise DataError(f"no room left {what}", where=where, value=error.strerror, fix=fix) from error
 
 
 def memory_nbytes() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import struct
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,20 @@ import numpy.typing as npt
 
 from distseg.data.digest import file_size
 from distseg.data.limits import MAX_DEFLATE_RATIO, check_size
+from distseg.data.values import distinct, is_whole, read_narrow
 from distseg.data.volume import Affine, NativeGrid, Shape, Volume, shape3
 from distseg.errors import DataError
 
 CT_MINIMUM_HU = -500.0
+MAX_OFFSET_NBYTES = 2**26  # of comments between a header and its voxels
+MAX_REST_NBYTES = 2**24  # of whatever follows the voxels of a compressed file
+_PIECE_NBYTES = 2**20
+# What nibabel and gzip raise on damaged files: nibabel checks some of a header and lets numpy's own errors through.
+DAMAGE = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError, OSError, TypeError,
+    ValueError, struct.error, zlib.error, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
+    nib.spatialimages.HeaderTypeError, nib.wrapstruct.WrapStructError,
+)  # fmt: skip
 LABEL_GRID_TOLERANCE = 0.1  # share of the smallest voxel size by which a corner of the label's grid may be off
 
 
@@ -31,8 +42,7 @@ def read_nifti(path: str | Path, *, modality: str | None = None) -> Volume:
     """
     native, array = _read(Path(path))
     if modality is None:
-        whole = np.issubdtype(array.dtype, np.integer) or bool(np.all(array == np.rint(array)))
-        modality = "CT" if whole and float(array.min()) <= CT_MINIMUM_HU else "unknown"
+        modality = "CT" if float(array.min()) <= CT_MINIMUM_HU and is_whole(array) else "unknown"
     return Volume(native.to_canonical(array), native.geometry, native, modality)
 
 
@@ -43,7 +53,7 @@ def read_label(path: str | Path, *, image: Volume, classes: Mapping[str, int]) -
     path = Path(path)
     native, array = _read(path)
     label = label_on_image(path.name, native, array, image=image)
-    values = np.unique(label)
+    values = distinct(label)
     if not np.array_equal(values, np.rint(values)):
         wrong = values[values != np.rint(values)][0]
         raise DataError("label values are not whole numbers", where=path.name, value=wrong, rule="one class a voxel")
@@ -51,7 +61,7 @@ def read_label(path: str | Path, *, image: Volume, classes: Mapping[str, int]) -
     if unknown:
         rule = f"values of the classes {dict(classes)}"
         raise DataError("label holds unknown classes", where=path.name, value=unknown[:5], rule=rule)
-    return label.astype(np.uint8)
+    return label.astype(np.uint8, copy=False)
 
 
 def read_masks(
@@ -63,7 +73,7 @@ def read_masks(
     for name, path in masks:
         native, array = _read(path)
         mask = label_on_image(path.name, native, array, image=image)
-        values = np.unique(mask)
+        values = distinct(mask)
         if len(values[values != 0]) > 1:
             rule = "0 outside the structure, one other value inside"
             raise DataError("not a binary mask", where=path.name, value=values[:5].tolist(), rule=rule)
@@ -136,31 +146,68 @@ def _stream(header: Any, array: npt.NDArray[Any], file: Any) -> None:
 
 
 def _read(path: Path) -> tuple[NativeGrid, npt.NDArray[Any]]:
-    """Grid and values in native axis order, every value finite."""
+    """Grid and values in native axis order, of the narrowest type, every value finite."""
     name = path.name
     file_nbytes = file_size(path)
     if file_nbytes == 0:
         raise DataError("empty file", where=name, value="0 bytes", fix="copy it again")
     try:
-        image: Any = nib.load(path)
-        full_shape = tuple(int(n) for n in image.header.get_data_shape())
-        dtype = np.dtype(image.header.get_data_dtype())
-    except (OSError, EOFError, zlib.error, nib.filebasedimages.ImageFileError, ValueError, OverflowError) as error:
-        why = str(error).replace(str(path), name) or "truncated"  # folder names are names of patients
-        raise DataError("not readable as NIfTI", where=name, value=why, fix="copy or convert it again") from error
-    shape = _check_header(name, full_shape, dtype, file_nbytes)
-    affine = np.asarray(image.affine, np.float64)
-    check_affine(name, affine)
+        # One open file: each slab goes on where the last ended, which is all that a compressed file can do.
+        with nib.openers.ImageOpener(str(path)) as file:
+            header = _header(file, name)
+            native = _native_grid(header, name, file_nbytes)
+            # No memory map: its pages would count as this process' memory.
+            voxels: Any = nib.arrayproxy.ArrayProxy(file, header, mmap=False)  # type: ignore[no-untyped-call]
+            array = read_narrow(voxels, native, name=name)
+            if name.lower().endswith(".gz"):
+                _read_to_end(file, name)
+    except DataError:
+        raise
+    except DAMAGE as error:
+        # Not the folder: its name may be a patient's.
+        why = str(error).replace(str(path), name) or type(error).__name__
+        raise DataError("truncated or damaged", where=name, value=why, fix="copy or convert it again") from error
+    return native, array
+
+
+def _header(file: Any, name: str) -> Any:
+    """NIfTI-1 or -2. Extensions are passed over unread: they hold free text, and a size that nothing bounds."""
+    log, was_disabled = nib.imageglobals.logger, nib.imageglobals.logger.disabled
     try:
-        array = np.asanyarray(image.dataobj).reshape(shape)
-    except (EOFError, OSError, zlib.error, ValueError) as error:
-        raise DataError("truncated or damaged", where=name, value=error, fix="copy it again") from error
-    if np.issubdtype(array.dtype, np.floating):
-        bad = array.size - int(np.count_nonzero(np.isfinite(array)))
-        if bad:
-            fix = "replace them, for example by the scan's minimum"
-            raise DataError("NaN or infinite voxels", where=name, value=bad, rule="every voxel a number", fix=fix)
-    return NativeGrid(shape, affine), array
+        block: bytes = file.read(nib.Nifti2Header.sizeof_hdr)
+        kinds: tuple[Any, ...] = (nib.Nifti1Header, nib.Nifti2Header)
+        for kind in kinds:
+            if kind.may_contain_header(block):
+                log.disabled = True  # it tells the terminal what it mends, and not in which file
+                return kind(block[: kind.sizeof_hdr])
+        why = "another kind of file"
+    except DAMAGE as error:
+        why = str(error) or "truncated"
+    finally:
+        log.disabled = was_disabled
+    raise DataError("not readable as NIfTI", where=name, value=why, fix="copy or convert it again")
+
+
+def _native_grid(header: Any, name: str, file_nbytes: int) -> NativeGrid:
+    """Refuses a header that is damaged before anything of the size that it claims is read."""
+    shape = tuple(int(n) for n in header.get_data_shape())
+    shape = _check_header(name, shape, np.dtype(header.get_data_dtype()), file_nbytes)
+    affine = np.asarray(header.get_best_affine(), np.float64)
+    check_affine(name, affine)
+    offset = header.get_data_offset()
+    if not header.sizeof_hdr < offset <= MAX_OFFSET_NBYTES:
+        rule = "voxels after the header, in the same file"
+        raise DataError("voxels at an unusable place", where=name, value=f"byte {offset}", rule=rule)
+    return NativeGrid(shape, affine)
+
+
+def _read_to_end(file: Any, name: str) -> None:
+    """A gzip file's checksum stands at its end, and is checked by who reads so far."""
+    for _ in range(MAX_REST_NBYTES // _PIECE_NBYTES):
+        if not file.read(_PIECE_NBYTES):
+            return
+    rule = f"at most {MAX_REST_NBYTES} bytes after the voxels"
+    raise DataError("file holds more than its header claims", where=name, rule=rule, fix="copy or convert it again")
 
 
 def _check_header(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], file_nbytes: int) -> Shape:

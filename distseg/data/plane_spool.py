@@ -37,6 +37,10 @@ class PlaneSpool:
 
     def write_nifti(self, path: str | Path, native: NativeGrid) -> None:
         """The volume in its native grid: one byte a voxel while this runs."""
+        write_nifti(path, self.read(native), native)
+
+    def read(self, native: NativeGrid) -> npt.NDArray[np.uint8]:
+        """The volume in native axis order."""
         array = np.empty(native.shape, np.uint8, order="F")
         canonical = native.canonical_view(array)
         if len(self._sizes) != len(canonical):
@@ -45,4 +49,4 @@ class PlaneSpool:
         for z, size in enumerate(self._sizes):
             plane = np.frombuffer(zlib.decompress(self._file.read(size)), np.uint8)
             canonical[z] = plane.reshape(canonical.shape[1:])
-        write_nifti(path, array, native)
+        return array

@@ -27,6 +27,7 @@ from distseg.data.keys import Purpose, generator
 from distseg.data.label_output import CODE_STEP, CONFIDENCE_STEPS, KINDS, committed_path
 from distseg.data.nifti import read_nifti
 from distseg.data.patches import LabelArray, PatchReader, crop
+from distseg.data.place import join
 from distseg.data.volume import resample_box
 from distseg.errors import DataError
 from distseg.losses.supervised import IGNORE
@@ -57,7 +58,7 @@ class PseudoLabels:
     ) -> None:
         self.scans = tuple(scans)
         self._output, self._folder, self._reader = output, folder, reader
-        self._cohort_path, self._class_names = Path(cohort.path), cohort.class_names
+        self._cohort_path, self._class_names = cohort.path, cohort.class_names
         self._spacing_mm, self._least = tuple(spacing_mm), confidence * CONFIDENCE_STEPS
         self._labels: dict[str, zarr.Array[Any]] = {}
         self._foreground: dict[str, dict[str, npt.NDArray[np.int32]]] = {}
@@ -97,7 +98,7 @@ class PseudoLabels:
         return folder
 
     def _on_run_grid(self, scan_id: str) -> LabelArray:
-        scan = Scan(str(self._cohort_path / scan_id), scan_id)
+        scan = Scan(join(self._cohort_path, scan_id), scan_id)
         mask, trust = (read_nifti(committed_path(self._output, kind, scan_id)) for kind in KINDS)
         native = scan.native
         for volume in (mask, trust):

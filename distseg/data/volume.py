@@ -97,19 +97,26 @@ class NativeGrid:
         return Geometry(shape3(self.shape[native] for native in self.permutation), spacing3(spacing), affine)
 
     def canonical_view(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Native axis order seen as [Z, Y, X]: writing to the view writes to `array`."""
-        self.expect(array, self.shape, "native")
-        return np.flip(np.transpose(array, self.permutation), tuple(c for c, flip in enumerate(self.flips) if flip))
+        """Native axis order (the volume, or a slab of it) seen as [Z, Y, X]: writing to the view writes to `array`."""
+        return np.flip(np.transpose(array, self.permutation), self._flipped_axes)
+
+    def native_view(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """`canonical_view` undone: [Z, Y, X] seen in native axis order."""
+        return np.transpose(np.flip(array, self._flipped_axes), np.argsort(self.permutation))
 
     def to_canonical(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Native axis order -> [Z, Y, X], contiguous."""
+        self.expect(array, self.shape, "native")
         return np.ascontiguousarray(self.canonical_view(array))
 
     def from_canonical(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """[Z, Y, X] at native spacing -> native axis order, contiguous."""
         self.expect(array, self.geometry.shape, "canonical")
-        flipped_axes = tuple(c for c, flip in enumerate(self.flips) if flip)
-        return np.ascontiguousarray(np.transpose(np.flip(array, flipped_axes), np.argsort(self.permutation)))
+        return np.ascontiguousarray(self.native_view(array))
+
+    @property
+    def _flipped_axes(self) -> tuple[int, ...]:
+        return tuple(c for c, flip in enumerate(self.flips) if flip)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -25,6 +25,7 @@ from distseg.work.doctor_checks import (
     check_disk,
     check_faiss,
     check_fit,
+    check_reader,
     check_round_trip,
     check_shared_memory,
     check_storage,
@@ -129,6 +130,7 @@ def _examine(config: DoctorConfig, nodes: dict[str, Any], actors: dict[str, Any]
     yield check_versions(facts)
     yield check_devices(facts, gpus_per_worker=config.resources.gpus_per_worker)
     yield check_faiss(facts)
+    yield check_reader(facts)
     yield check_shared_memory(facts, object_store_gib=stores)
     yield _storage(config, actors)
     yield check_disk({name: [disk, of_node.temporary] for name, (of_node, disk) in answers.items()})

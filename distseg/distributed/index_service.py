@@ -26,7 +26,7 @@ from torch import Tensor
 
 from distseg.config.compose import from_plain, to_plain
 from distseg.config.schema import TrainRunConfig
-from distseg.errors import RunMismatchError
+from distseg.errors import RunMismatchError, WorkersLostError
 from distseg.matching.bank import Bank, BankParts, bank_from_parts, bank_parts, open_bank
 from distseg.matching.references import join
 from distseg.training.bank_builder import Piece
@@ -94,6 +94,12 @@ class IndexOwner:
     def ready(self, version: int) -> tuple[bool, str]:
         """Whether a version is on disk, and which life of this actor says so: another one has lost its shares."""
         return self._folder.has(version), self._life
+
+    def missing(self, version: int) -> list[int]:
+        """Ranks whose shares a version waits for."""
+        with self._lock:
+            there = self._shares.get(version, {})
+            return [] if self._folder.has(version) else [r for r in range(self._world_size) if r not in there]
 
     def fetch(self, version: int) -> list[Any]:
         """A reference to the parts of a bank, put into the object store once. In a list, lest Ray resolve it."""
@@ -190,7 +196,12 @@ class RayReferences:
         self._calls[version] = self._owner.offer.remote(version, step, share, c.rank, c.world_size)
 
     def _wait(self, version: int) -> None:
-        """Until a version is on disk. A call to an owner that has died waits until Ray has started it again."""
+        """Until a version is on disk. A call to an owner that has died waits until Ray has started it again.
+
+        Raises WorkersLostError where other workers do not offer their shares.
+        """
+        timeout_s = self._config.train.worker_timeout_s
+        deadline = time.monotonic() + timeout_s
         while True:
             there, life = ray.get(self._owner.ready.remote(version))
             if there:
@@ -201,6 +212,11 @@ class RayReferences:
                 self._send(version)
             if ray.wait([self._calls[version]], timeout=0)[0]:
                 ray.get(self._calls[version])  # raises what went wrong in the owner, such as a full disk
+            if time.monotonic() > deadline:  # an owner that is still building misses nobody
+                lost = ray.get(self._owner.missing.remote(version))
+                if lost:
+                    raise WorkersLostError(lost, f"bank version {version} has waited {timeout_s} s for its share")
+                deadline = time.monotonic() + timeout_s
             time.sleep(_POLL_S)
 
     def _on_this_node(self) -> Any:

@@ -22,6 +22,7 @@ import torch
 from distseg.config.compose import from_plain, to_plain
 from distseg.config.schema import TrainRunConfig
 from distseg.distributed.cluster import connect
+from distseg.distributed.faults import FaultLog, why_training_failed
 from distseg.distributed.index_service import RayReferences, start_owner
 from distseg.errors import DistsegError
 from distseg.methods import uses_bank
@@ -60,28 +61,33 @@ def train_on_ray(config: TrainRunConfig, *, cpus_per_worker: int | None = None) 
             if uses_bank(config)
             else None
         )
+        launch = f"launch-{time.time_ns()}"
+        faults = run.path / "ray" / f"{launch}.faults"
+        faults.parent.mkdir(exist_ok=True)
         trainer = ray.train.torch.TorchTrainer(
             train_fn_per_worker,
             train_loop_config=to_plain(config),
+            torch_config=ray.train.torch.TorchConfig(timeout_s=config.train.worker_timeout_s),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers,
                 use_gpu=resources.gpus_per_worker > 0,
                 resources_per_worker=_share(cpus, resources.gpus_per_worker),
             ),
             run_config=ray.train.RunConfig(
-                name=f"launch-{time.time_ns()}",
+                name=launch,
                 storage_path=str(run.path / "ray"),
+                callbacks=[FaultLog(faults)],  # type: ignore[list-item]  # V2's; the types are V1's
                 failure_config=ray.train.FailureConfig(
                     max_failures=MAX_WORKER_FAILURES,
                     controller_failure_limit=MAX_CONTROLLER_FAILURES,  # type: ignore[call-arg]  # V2's; the types are V1's
                 ),
             ),
         )
-        with _watched(run, config, plan.notes, owner):
+        with _watched(run, config, plan.notes, owner, faults):
             try:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
-                raise _ours(error) from error
+                raise why_training_failed(error, MAX_WORKER_FAILURES) from error
         return TrainResult(config.run, config.train.steps, resumed_from, run.last_metrics() or {})
 
 
@@ -136,13 +142,18 @@ def _share(cpus: int, gpus: float) -> dict[str, float]:
 
 
 @contextmanager
-def _watched(run: RunDirectory, config: TrainRunConfig, notes: tuple[str, ...], owner: Any) -> Iterator[None]:
-    """The driver's progress bar: follows RUN/metrics.jsonl as workers write it. `owner`: of the bank, or None."""
+def _watched(
+    run: RunDirectory, config: TrainRunConfig, notes: tuple[str, ...], owner: Any, faults: Path
+) -> Iterator[None]:
+    """The driver's progress bar: follows RUN/metrics.jsonl and `faults` as they are written. `owner`: of the bank, or
+    None."""
     done = threading.Event()
     with TerminalReporter(title=Path(config.run).name, enabled=config.logging.progress) as reporter:
         for note in notes:
             reporter.note(note)
-        follower = threading.Thread(target=_follow, args=(run, config, reporter, done, owner))
+        if config.resources.workers > 1:
+            reporter.note(f"workers wait {config.train.worker_timeout_s} s for each other (train.worker_timeout_s)")
+        follower = threading.Thread(target=_follow, args=(run, config, reporter, done, owner, faults))
         follower.start()
         try:
             yield
@@ -152,32 +163,27 @@ def _watched(run: RunDirectory, config: TrainRunConfig, notes: tuple[str, ...], 
 
 
 def _follow(
-    run: RunDirectory, config: TrainRunConfig, reporter: TerminalReporter, done: threading.Event, owner: Any
+    run: RunDirectory,
+    config: TrainRunConfig,
+    reporter: TerminalReporter,
+    done: threading.Event,
+    owner: Any,
+    faults: Path,
 ) -> None:
-    last_size = -1
+    offset = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0  # what was said before is not news
+    told = 0
     while True:
         finishing = done.wait(_POLL_S)
-        size = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0
-        if size != last_size:
-            last_size = size
-            row = run.last_metrics()
-            if row is not None:
-                if owner is not None:  # once: which index serves, and why
-                    version = version_serving(row["step"], config.references.every_steps)
-                    reporter.note(f"bank: {ray.get(owner.chosen.remote(version))}")
-                    owner = None
-                reporter.step(row, config.train.steps)
+        rows, offset = run.metrics_from(offset)
+        for row in rows:
+            if owner is not None:  # once: which index serves, and why
+                version = version_serving(row["step"], config.references.every_steps)
+                reporter.note(f"bank: {ray.get(owner.chosen.remote(version))}")
+                owner = None
+            reporter.step(row, config.train.steps)
+        lines = faults.read_text().splitlines() if faults.exists() else []
+        for line in lines[told:]:
+            reporter.note(f"{line}; all workers start again from the newest checkpoint")
+        told = len(lines)
         if finishing:
             return
-
-
-def _ours(error: ray.train.TrainingFailedError) -> Exception:
-    """A worker's own DistsegError in place of Ray's wrapping; anything else as it is."""
-    failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, DistsegError):
-                return cause
-            cause = cause.__cause__
-    return error

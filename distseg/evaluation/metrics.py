@@ -114,21 +114,28 @@ def image_diagonal_mm(shape: Sequence[int], spacing_mm: Sequence[float]) -> floa
     return math.sqrt(sum((n * spacing) ** 2 for n, spacing in zip(shape, spacing_mm, strict=True)))
 
 
-def largest_components(mask: np.ndarray, *, num_classes: int) -> np.ndarray:
-    """The label mask [Z, Y, X] with only the largest component of each class (voxels touching by face, edge, corner).
+def largest_components(mask: np.ndarray, *, values: Iterable[int]) -> np.ndarray:
+    """The label mask [Z, Y, X] with only the largest component of each class in `values`; other classes stay."""
+    kept = mask.copy()
+    boxes = ndimage.find_objects(mask)
+    for value in values:
+        box = boxes[value - 1] if value <= len(boxes) else None
+        if box is not None:
+            found = mask[box] == value
+            kept[box][found & ~largest_component(found)] = 0
+    return kept
+
+
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """The largest component of a boolean mask [Z, Y, X], voxels touching by face, edge or corner.
 
     Of equally large components the one met first in array order stays.
     """
-    kept = np.zeros_like(mask)
-    boxes = ndimage.find_objects(mask, max_label=max(num_classes - 1, 1))
-    for value, box in enumerate(boxes, start=1):
-        if box is None:
-            continue
-        components, count = ndimage.label(mask[box] == value, structure=np.ones((3, 3, 3)))
-        if count:
-            biggest = np.bincount(components.ravel())[1:].argmax() + 1
-            kept[box][components == biggest] = value
-    return kept
+    components, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+    if not count:
+        return np.zeros_like(mask)
+    largest: np.ndarray = components == np.bincount(components.ravel())[1:].argmax() + 1
+    return largest
 
 
 def summarise(rows: Iterable[ScoreRow], *, class_names: Sequence[str]) -> dict[str, Any]:

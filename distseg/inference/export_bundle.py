@@ -19,7 +19,7 @@ from typing import Any
 
 from distseg import __version__
 from distseg.errors import InputError
-from distseg.inference import run_grid_inferer
+from distseg.inference import keep_largest, run_grid_inferer
 from distseg.inference.export_graph import ExportReport, write_graph
 from distseg.inference.model import Model
 from distseg.inference.whole_scan import WINDOWS_A_BATCH
@@ -48,7 +48,8 @@ def export_bundle(model: Model, *, network: str, overlap: float, output: str) ->
         _write_json(staged / "configs" / "metadata.json", _metadata(model))
         _write_json(staged / "configs" / "inference.json", _inference(model, overlap=overlap))
         (staged / "scripts" / "__init__.py").touch()
-        shutil.copyfile(run_grid_inferer.__file__, staged / "scripts" / "run_grid_inferer.py")
+        for script in (run_grid_inferer, keep_largest):
+            shutil.copyfile(str(script.__file__), staged / "scripts" / Path(str(script.__file__)).name)
         values = ", ".join(f"{value} {name}" for value, name in enumerate(model.class_names))
         readme = _README.format(
             classes=", ".join(model.class_names[1:]), method=model.info.method, version=__version__, values=values
@@ -80,6 +81,8 @@ def _inference(model: Model, *, overlap: float) -> dict[str, Any]:
         {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": "image",
          "nearest_interp": False, "to_tensor": True},
         {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
+        {"_target_": "scripts.keep_largest.KeepLargestd", "keys": ["pred"],
+         "values": list(model.info.whole_values("model"))},
         {"_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir", "output_postfix": "",
          "output_dtype": "$np.uint8", "separate_folder": False,
          "resample": False},
@@ -126,7 +129,11 @@ def _metadata(model: Model) -> dict[str, Any]:
         "monai_version": version("monai"),
         "pytorch_version": version("torch").split("+")[0],
         "numpy_version": version("numpy"),
-        "required_packages_version": {"nibabel": version("nibabel"), "pytorch-ignite": "0.5"},
+        "required_packages_version": {
+            "nibabel": version("nibabel"),
+            "pytorch-ignite": "0.5",
+            "scipy": version("scipy"),
+        },
         "name": f"{', '.join(model.class_names[1:])} segmentation",
         "task": "3D segmentation",
         "description": f"{model.info.method}, {model.info.modality}; for research use only",

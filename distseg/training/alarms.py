@@ -1,13 +1,13 @@
-"""Named warnings when predictions on unlabelled patches flood or collapse (METHOD traps 9 and 10).
+"""Named warnings when predictions on unlabelled patches flood or collapse (METHOD traps 9 and 10), or numbers end.
 
-Both compare means over the last `WINDOW` steps. An alarm is a function of the rows of metrics.jsonl alone, so a resumed
-run raises it where an undisturbed one would.
+The former compare means over the last `WINDOW` steps. An alarm is a function of the rows of metrics.jsonl alone, so a
+resumed run raises it where an undisturbed one would.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ WINDOW = 25
 FLOOD_RATIO = 2.0  # predicted share on unlabelled patches over the true share on labelled ones
 COLLAPSE_RATIO = 0.01
 MATCHED_FLOOD = 0.5  # share of the matched voxels that matching calls foreground; the truth is a few per cent
+MATCHED_LEAST = 1e-4  # of the unlabelled voxels: where fewer are matched, a handful would decide
 
 _SHARES = ("foreground_unlabelled", "foreground_target", "foreground_matched")
 
 TEXT = {
+    "alarm_not_finite": "not finite: a loss or a gradient; such steps are skipped, metrics.jsonl says which scans",
     "alarm_flood": "flood: the student calls {foreground_unlabelled:.0%} of unlabelled patches foreground, "
     "labelled ones hold {foreground_target:.0%}; its teacher may be confirming its own excess",
     "alarm_matched_flood": "flood of matched labels: {foreground_matched:.0%} of the voxels the teacher is unsure of "
@@ -36,36 +38,35 @@ class Alarms:
         self._rows: deque[Mapping[str, Any]] = deque(earlier, maxlen=WINDOW)
 
     def of(self, row: Mapping[str, Any]) -> dict[str, int]:
-        """Alarm name -> 1, for those that sound at this row; nothing before `WINDOW` rows are there."""
+        """Alarm name -> 1, for those that sound at this row; of shares none before `WINDOW` rows are there."""
         self._rows.append(row)
-        if len(self._rows) < WINDOW:
-            return {}
-        means = window_means(self._rows)
+        sounding = {"alarm_not_finite": "not_finite" in row}
+        means = window_means(self._rows) if len(self._rows) == WINDOW else {}
         predicted, target = means.get("foreground_unlabelled"), means.get("foreground_target")
-        sounding = {}
         if predicted is not None and target:
             sounding["alarm_flood"] = predicted > FLOOD_RATIO * target
             sounding["alarm_collapse"] = predicted < COLLAPSE_RATIO * target
         matched = means.get("foreground_matched")
-        if matched is not None:
+        if matched is not None and means.get("coverage_matched", 1.0) >= MATCHED_LEAST:
             sounding["alarm_matched_flood"] = matched > MATCHED_FLOOD
         return {name: 1 for name, on in sounding.items() if on}
 
 
 def window_means(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean of each share over the rows that have it."""
+    """Mean of each share over the rows that have it; of the matched voxels, each voxel counts the same."""
     rows = list(rows)
     means = {}
-    for name in _SHARES:
-        values = [row[name] for row in rows if row.get(name) is not None]
-        if values:
-            means[name] = sum(values) / len(values)
+    for name in (*_SHARES, "coverage_matched"):
+        having = [row for row in rows if row.get(name) is not None]
+        weights = [row.get("coverage_matched", 1.0) if name == "foreground_matched" else 1.0 for row in having]
+        if sum(weights):
+            means[name] = sum(row[name] * weight for row, weight in zip(having, weights, strict=True)) / sum(weights)
     return means
 
 
-def alarm_text(name: str, row: Mapping[str, Any]) -> str:
-    """The warning for one alarm of a row, in words."""
-    return f"step {row['step']}: {_in_words(name, row)}"
+def alarm_text(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The warning for one alarm of the last of `rows`, in words; figures are means over them."""
+    return f"step {rows[-1]['step']}: {_in_words(name, window_means(rows))}"
 
 
 def _in_words(name: str, shares: Mapping[str, Any]) -> str:

@@ -58,6 +58,10 @@ class Feed:
         batch = collate([self._slot(step, slot) for slot in self._slots])
         return batch.pinned() if self._pin else batch
 
+    def scan_ids(self, step: int, slots: Sequence[int]) -> tuple[str, ...]:
+        """What slots saw, of any rank: "labelled+unlabelled". Cuts their patches anew."""
+        return tuple(self._slot(step, slot).scan_ids[0] for slot in slots)
+
     def ahead(self, first: int, last: int) -> Generator[Batch, None, None]:
         """Batches of steps first..last; the next one is cut in a thread while the caller works on this one."""
         with ThreadPoolExecutor(1, thread_name_prefix="feed") as pool:

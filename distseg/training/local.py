@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def train_local(config: TrainRunConfig) -> TrainResult:
     on_gpu = config.resources.gpus_per_worker > 0
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    torch.distributed.init_process_group(
+        "nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=config.train.worker_timeout_s)
+    )
     try:
         return _train(config, TorchDistributed())
     finally:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from distseg.config.schema import LoggingConfig
+from distseg.config.schema import TrainRunConfig
 from distseg.errors import NonFiniteLossError
 from distseg.methods.base import At, Method
 from distseg.training.alarms import WINDOW, Alarms
@@ -47,19 +47,21 @@ class StepLog:
         run: RunDirectory,
         *,
         method: Method,
-        batch_size: int,
         clock: Clock,
         reporter: Reporter | None,
-        config: LoggingConfig,
+        config: TrainRunConfig,
         flush_steps: int,
         first_step: int,
+        scan_ids: Callable[[int, Sequence[int]], tuple[str, ...]],
     ) -> None:
-        self._run, self._method, self._batch_size = run, method, batch_size
-        self._clock, self._reporter, self._config, self._flush_steps = clock, reporter, config, flush_steps
-        self._pending: list[tuple[At, tuple[str, ...], Tensor, tuple[str, ...], dict[str, float]]] = []
+        self._run, self._method, self._batch_size = run, method, config.train.batch_size
+        self._clock, self._reporter, self._flush_steps = clock, reporter, flush_steps
+        self._config, self._scan_ids = config, scan_ids
+        self._skipped = 0  # steps in a row
+        self._pending: list[tuple[At, tuple[str, ...], Tensor, dict[str, float]]] = []
         self._waited_s, self._since = 0.0, time.perf_counter()
         self._alarms = Alarms(run.metrics()[-WINDOW:] if reporter is not None else ())
-        self._trackers = open_trackers(run, config, first_step) if reporter is not None else []
+        self._trackers = open_trackers(run, config.logging, first_step) if reporter is not None else []
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -76,9 +78,10 @@ class StepLog:
             yield
         self._since += time.perf_counter() - begun
 
-    def add(self, at: At, logged: Mapping[str, Tensor], scan_ids: tuple[str, ...], extra: dict[str, float]) -> None:
-        """`extra` joins the row as it is, e.g. val_dice."""
-        self._pending.append((at, tuple(logged), torch.stack(list(logged.values())), scan_ids, extra))
+    def add(self, at: At, logged: Mapping[str, Tensor], extra: dict[str, float]) -> None:
+        """`extra` joins the row as it is, e.g. val_dice. Raises NonFiniteLossError, on all ranks, after too many
+        skipped steps in a row."""
+        self._pending.append((at, tuple(logged), torch.stack(list(logged.values())), extra))
         if len(self._pending) >= self._flush_steps:
             self.flush()
 
@@ -97,15 +100,19 @@ class StepLog:
             times["time_bank_s"] = sections["bank"] / count
         self._since, self._waited_s = now, 0.0
         pending, self._pending = self._pending, []
-        for at, names, values, scan_ids, extra in pending:
+        for at, names, values, extra in pending:
             logged = dict(zip(names, values.tolist(), strict=True))
-            row = {**record(logged, method=self._method, at=at, batch_size=self._batch_size), **extra, **times}
-            _refuse_non_finite(row, scan_ids)
+            row: Row = {**record(logged, method=self._method, at=at, batch_size=self._batch_size), **extra, **times}
+            if logged["skipped"]:
+                row["not_finite"] = self._trouble(row, logged)
             row.update(self._alarms.of(row))
             if self._reporter is not None:
                 self._run.append_metrics(row)
                 self._to_trackers(row)
                 self._reporter.step(row, at.total_steps)
+            self._skipped = self._skipped + 1 if "not_finite" in row else 0
+            if self._skipped == self._config.train.stop_after_skipped:
+                raise NonFiniteLossError(at.step, self._skipped, row["not_finite"])
 
     def close(self) -> None:
         self.flush()
@@ -113,15 +120,17 @@ class StepLog:
             tracker.close()
 
     def _to_trackers(self, row: Row) -> None:
-        due = row["step"] % self._config.tensorboard_every_steps == 0 or any(k.startswith("val_") for k in row)
+        every = self._config.logging.tensorboard_every_steps
+        due = row["step"] % every == 0 or any(k.startswith("val_") for k in row)
         if due:
-            values = {name: float(value) for name, value in row.items() if name != "step" and value is not None}
+            numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
+            values = {name: float(value) for name, value in numbers.items() if name != "step"}
             for tracker in self._trackers:
                 tracker.log(values, int(row["step"]))
 
-
-def _refuse_non_finite(row: Row, scan_ids: tuple[str, ...]) -> None:
-    """Raises NonFiniteLossError naming term, step and scans. The sums are the same on every rank, so all raise."""
-    if not math.isfinite(row["loss"]):
-        terms = [n for n, v in row.items() if n.startswith("loss_") and (v is None or not math.isfinite(v))]
-        raise NonFiniteLossError(step=int(row["step"]), terms=terms, scans=list(scan_ids))
+    def _trouble(self, row: Row, logged: Mapping[str, float]) -> str:
+        """Which terms, on which scans; where the losses are finite it is their gradient, on any of the step's."""
+        terms = [n for n, v in row.items() if n.startswith("loss_") and v is not None and not math.isfinite(v)]
+        slots = [slot for slot in range(self._batch_size) if logged[f"broken/{slot}"]]
+        scans = self._scan_ids(row["step"], slots or range(self._batch_size))
+        return f"{', '.join(terms) or 'the gradient'} not finite on {', '.join(dict.fromkeys(scans))}"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distseg.config.schema import TrainRunConfig
+from distseg.data.arrays import reader_of
 from distseg.inference.model import ModelInfo, save_model
 from distseg.losses.schedules import threshold_nats
 from distseg.methods.base import At
@@ -25,8 +26,10 @@ from distseg.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from distseg.training.checkpoint_timer import CheckpointTimer
 from distseg.training.clock import Clock
 from distseg.training.log import Reporter, StepLog
+from distseg.training.memory import out_of_memory_told
 from distseg.training.profile import StepProfiler
 from distseg.training.reduce import Communicator
 from distseg.training.run import RunDirectory
@@ -60,16 +63,17 @@ def train_rank(
 
     `open_run` has been called by rank 0 or the driver.
     """
-    session = start_session(config, communicator, make_service)
     leads = communicator.rank == 0
-    if leads:
-        session.run.cut_metrics(session.first_step - 1)
-        for note in session.plan.notes:
-            reporter.note(note)
-    if session.first_step <= config.train.steps:
-        train_session(session, communicator, reporter)
-    if leads:
-        _write_model(session)
+    with out_of_memory_told():
+        session = start_session(config, communicator, make_service)
+        if leads:
+            session.run.cut_metrics(session.first_step - 1)
+            for note in (*session.plan.notes, f"patches are read by {reader_of(config.cohort)}"):
+                reporter.note(note)
+        if session.first_step <= config.train.steps:
+            train_session(session, communicator, reporter)
+        if leads:
+            _write_model(session)
     communicator.barrier()
     return TrainResult(config.run, config.train.steps, session.first_step - 1, session.run.last_metrics() or {})
 
@@ -86,14 +90,15 @@ def train_session(session: Session, communicator: Communicator, reporter: Report
     log = StepLog(
         session.run,
         method=session.method,
-        batch_size=config.train.batch_size,
         clock=clock,
         reporter=reporter if leads else None,
-        config=config.logging,
+        config=config,
         flush_steps=StepLog.GPU_FLUSH_STEPS if device.type == "cuda" else 1,
         first_step=session.first_step,
+        scan_ids=session.feed.scan_ids,
     )
     looks = _Looks.of(session, communicator)
+    timer = CheckpointTimer(config.checkpoint.every_minutes, communicator, device)
     if session.doubt and config.train.init_from is not None and session.first_step == 1:
         session.doubt.refresh_after(0, learner.teacher, device, session.dtype)
     if session.banks:
@@ -120,10 +125,11 @@ def train_session(session: Session, communicator: Communicator, reporter: Report
                 validated = looks.due(step) if looks else {}
                 if session.doubt:
                     session.doubt.refresh_after(step, learner.teacher, device, session.dtype)
-            log.add(At(step, total), logged, batch.scan_ids, {**extra, **validated})
+            log.add(At(step, total), logged, {**extra, **validated})
             with log.pausing():
                 profiler.step()
-            if step % config.checkpoint.every_steps == 0 or step == total or _to_keep(session, validated):
+            timed = timer.due(step)
+            if timed or step % config.checkpoint.every_steps == 0 or step == total or _to_keep(session, validated):
                 log.flush()
                 with log.pausing():
                     if session.banks:
@@ -132,6 +138,7 @@ def train_session(session: Session, communicator: Communicator, reporter: Report
                         _checkpoint(session, step)
                     communicator.barrier()
                     reporter.checkpoint(step)
+                    timer.restart()
 
 
 def _refresh_bank(session: Session, step: int, clock: Clock) -> dict[str, float]:
@@ -202,6 +209,7 @@ def _checkpoint(session: Session, step: int) -> None:
         optimizer=learner.optimizer.state_dict(),
         heads={} if learner.heads is None else learner.heads.state_dict(),
     )
+    session.run.sync_metrics()  # on disk before the checkpoint that follows them
     save_checkpoint(session.run.checkpoints, checkpoint)
     best = _best_step(session.run) if session.config.train.select == "val" else None
     spare = {best} if best is not None else set()
@@ -238,6 +246,7 @@ def _write_model(session: Session) -> None:
         teacher_noise_sigma=config.method.teacher_noise_sigma,
         teacher_noise_clip=config.method.teacher_noise_clip,
         uncertainty=config.method.uncertainty,
+        whole=plan.whole,
     )
     references = None
     if session.references is not None:

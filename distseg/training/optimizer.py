@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distseg.config.schema import OptimizerConfig
 
@@ -14,6 +14,13 @@ from distseg.config.schema import OptimizerConfig
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Adam, fused: one kernel over all parameters."""
     return torch.optim.Adam(parameters, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
+
+
+def step_where_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """A step of an optimizer of `make_optimizer`, or none where `finite` (bool []) is false: its kernel looks itself,
+    so that no GPU is waited for."""
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # how torch's own GradScaler tells it
+    optimizer.step()
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

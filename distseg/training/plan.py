@@ -20,7 +20,9 @@ from distseg.data.keys import Purpose, generator
 from distseg.data.lattice import Place
 from distseg.errors import ConfigError, DataError
 from distseg.training.partial_labels import PartialLabels, partial_labels
+from distseg.training.patch_notes import patch_notes
 from distseg.training.pseudo_labels import find_pseudo_labels
+from distseg.training.whole_classes import whole_classes
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Plan:
     patches: tuple[Place, ...] = ()  # where the labelled scans are labelled; empty: everywhere
     pseudo: tuple[str, ...] = ()  # unlabelled scans whose pseudo-labels train too
     pseudo_model: str = ""  # fingerprint of the model that made them
+    whole: tuple[str, ...] = ()  # classes whose masks keep the largest component alone
     notes: tuple[str, ...] = ()
 
     @property
@@ -87,6 +90,7 @@ def make_plan(config: TrainRunConfig, cohort: Cohort, *, parent: Plan | None = N
     spacing = parent.spacing_mm if parent else _spacing(config, cohort, labelled)
     partial = partial_labels(config, cohort, labelled, spacing)
     pseudo = find_pseudo_labels(config, cohort, unlabelled)
+    whole, whole_note = whole_classes(config, cohort, labelled)
     plan = Plan(
         class_names=tuple(cohort.class_names),
         modality=cohort.modality,
@@ -100,10 +104,11 @@ def make_plan(config: TrainRunConfig, cohort: Cohort, *, parent: Plan | None = N
         patches=partial.places if partial else (),
         pseudo=pseudo.scans,
         pseudo_model=pseudo.model,
+        whole=whole,
     )
     notes += pseudo.notes
-    notes += [flip_note] if flip_note else []
-    notes += _patch_notes(config, cohort, plan)
+    notes += [note for note in (flip_note, whole_note) if note]
+    notes += patch_notes(config, cohort, labelled=plan.labelled, unlabelled=plan.unlabelled, spacing_mm=plan.spacing_mm)
     return dataclasses.replace(plan, notes=tuple(notes))
 
 
@@ -205,17 +210,6 @@ def _pair(pair: Sequence[str], class_names: Sequence[str]) -> tuple[int, int]:
             fix="set data.mirror_pairs=[[left_a,right_a]]",
         )
     return class_names.index(pair[0]), class_names.index(pair[1])
-
-
-def _patch_notes(config: TrainRunConfig, cohort: Cohort, plan: Plan) -> list[str]:
-    """A patch larger than a scan is padded with the scan's minimum; say how often."""
-    ids = set(plan.labelled) | set(plan.unlabelled)
-    patch_mm = np.asarray(config.sampling.patch_zyx) * np.asarray(plan.spacing_mm)
-    small = [
-        r for r in cohort.records
-        if r.scan_id in ids and np.any(np.asarray(r.shape) * np.asarray(r.spacing_mm) < patch_mm)
-    ]  # fmt: skip
-    return [f"{len(small)} of {len(ids)} scans are smaller than a patch and are padded"] if small else []
 
 
 def _place(line: str) -> Place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distseg.training.alarms import alarm_text
+from distseg.training.alarms import WINDOW, alarm_text
 
 
 class TerminalReporter:
@@ -27,6 +28,7 @@ class TerminalReporter:
             disable=not enabled,
         )
         self._told: set[str] = set()  # each alarm once
+        self._rows: deque[Mapping[str, Any]] = deque(maxlen=WINDOW)
         self._task = self._progress.add_task(title, total=None, figures="starting")
 
     def __enter__(self) -> TerminalReporter:
@@ -39,9 +41,12 @@ class TerminalReporter:
         self._progress.stop()
 
     def step(self, row: Mapping[str, Any], total_steps: int) -> None:
+        self._rows.append(row)
         for name in [n for n in row if n.startswith("alarm_") and n not in self._told]:
             self._told.add(name)
-            self.note(alarm_text(name, row))
+            self.note(alarm_text(name, self._rows))
+        if "not_finite" in row:
+            self.note(f"step {row['step']} skipped: {row['not_finite']}")
         self._progress.update(self._task, total=total_steps, completed=row["step"], figures=figures(row))
 
     def checkpoint(self, step: int) -> None:
@@ -54,8 +59,8 @@ class TerminalReporter:
 
 def figures(row: Mapping[str, Any]) -> str:
     """The handful of numbers worth a glance: loss, share of sure voxels, validation Dice, seconds a step."""
-    parts = [f"loss {row['loss']:.2f}"]
-    for key, label in (("coverage_reliable", "sure"), ("val_dice", "Dice")):
+    parts = []
+    for key, label in (("loss", "loss"), ("coverage_reliable", "sure"), ("val_dice", "Dice")):
         if row.get(key) is not None:
             parts.append(f"{label} {row[key]:.2f}")
     if row.get("time_step_s") is not None:

@@ -6,13 +6,19 @@ of buckets and hooks, which DistributedDataParallel's would not be after a rebui
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import datetime
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from distseg.errors import WorkersLostError
+
 LOGGED_CAPACITY = 64  # numbers beside the gradients
+ROLL_CALL_S = 20.0
 
 
 class Communicator(Protocol):
@@ -41,32 +47,68 @@ class SingleProcess:
 
 
 class TorchDistributed:
-    """torch.distributed's default process group, already initialised by Ray Train or torchrun."""
+    """torch.distributed's default process group, already initialised by Ray Train or torchrun.
+
+    Where it gives up (its timeout is `train.worker_timeout_s`) the ranks that are still there say so to each other:
+    the others are named. Raises WorkersLostError.
+    """
 
     def __init__(self) -> None:
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._calls = 0  # the same number on all ranks
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
-        torch.distributed.all_reduce(tensor)
+        with self._lost_ones_named():
+            torch.distributed.all_reduce(tensor)
 
     def barrier(self) -> None:
-        torch.distributed.barrier()
+        with self._lost_ones_named():
+            torch.distributed.barrier()
+
+    @contextmanager
+    def _lost_ones_named(self) -> Iterator[None]:
+        self._calls += 1
+        try:
+            yield
+        except RuntimeError as error:  # all that torch.distributed raises
+            why = str(error).splitlines()[0]
+            lost = self._roll_call()
+            if lost:
+                raise WorkersLostError(lost, f"it may hang or have died; {why}") from error
+            raise
+
+    def _roll_call(self) -> list[int]:
+        """Ranks that do not say within a while that they gave up too. A collective of those that did."""
+        store = torch.distributed.distributed_c10d._get_default_store()
+        store.set_timeout(datetime.timedelta(seconds=ROLL_CALL_S))
+        keys = {rank: f"distseg/gave-up/{self._calls}/{rank}" for rank in range(self.world_size)}
+        deadline = time.monotonic() + ROLL_CALL_S
+        try:
+            store.set(keys[self.rank], "1")
+            while not store.check(list(keys.values())) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            return [rank for rank, key in keys.items() if not store.check([key])]
+        except RuntimeError:  # the store's: it lives in rank 0 unless torchrun keeps it
+            return [0] if self.rank else []
 
 
 class FlatGradients:
-    """Makes every parameter's `.grad` a view into one buffer with a tail for logged numbers."""
+    """Makes every parameter's `.grad` a view into one buffer, with a tail for logged numbers and a number a slot.
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    `broken` [slots]: where a rank puts 1 for a slot of its own whose loss is not finite.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, slots: int) -> None:
         parameters = [p for p in parameters if p.requires_grad]
         total = sum(p.numel() for p in parameters)
         first = parameters[0]
-        self._buffer = torch.zeros(total + LOGGED_CAPACITY, dtype=first.dtype, device=first.device)
+        self._buffer = torch.zeros(total + LOGGED_CAPACITY + slots, dtype=first.dtype, device=first.device)
         offset = 0
         for parameter in parameters:
             # With the parameter's own strides: fused optimizers walk both in the order they lie in memory.
             parameter.grad = self._buffer.as_strided(parameter.shape, parameter.stride(), offset)
             offset += parameter.numel()
-        self._tail = self._buffer[total:]
+        self._gradients, self._tail, self.broken = torch.split(self._buffer, [total, LOGGED_CAPACITY, slots])
 
     @property
     def nbytes(self) -> int:
@@ -75,6 +117,10 @@ class FlatGradients:
 
     def zero(self) -> None:
         self._buffer.zero_()
+
+    def finite(self) -> Tensor:
+        """bool []: whether all gradients are, and with them the losses."""
+        return torch.isfinite(self._gradients).all() & (self.broken == 0).all()
 
     def sum_over_ranks(self, communicator: Communicator, logged: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sum gradients and `logged` scalars over ranks; returns the summed scalars. All ranks must call, with the

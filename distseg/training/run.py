@@ -24,7 +24,8 @@ import yaml
 from distseg import __version__
 from distseg.config.compose import from_plain, identity, identity_hash, recipe_hash, to_plain
 from distseg.config.schema import TrainRunConfig
-from distseg.errors import DataError, RunMismatchError
+from distseg.config.untrusted import read_yaml
+from distseg.errors import DataError, InputError, RunMismatchError
 from distseg.training.plan import Plan
 
 FORMAT = 1
@@ -51,11 +52,13 @@ class RunDirectory:
         if not self.config_file.exists():
             return None
         try:
-            content = yaml.safe_load(self.config_file.read_text())
+            content = read_yaml(self.config_file, "run")
             if content["format"] != FORMAT:
                 raise DataError("run of another format", where=self.config_file, value=content["format"])
             return StoredRun(from_plain(content["config"], TrainRunConfig), Plan.from_plain(content["plan"]))
-        except (yaml.YAMLError, KeyError, TypeError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            if isinstance(error, InputError):
+                raise
             raise DataError(f"unreadable run: {type(error).__name__} {error}", where=self.config_file) from error
 
     def check_same(self, config: TrainRunConfig, stored: StoredRun) -> None:
@@ -105,6 +108,22 @@ class RunDirectory:
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps({k: _json_number(v) for k, v in row.items()}) + "\n")
+
+    def sync_metrics(self) -> None:
+        with self.metrics_file.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def metrics_from(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """Whole lines from byte `offset` on, and where they end, of a file that is being written to; from its beginning
+        where it was cut meanwhile."""
+        try:
+            with self.metrics_file.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                offset = file.seek(offset if offset <= size else 0)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return [], 0
+        return [json.loads(line) for line in whole.splitlines()], offset + len(whole) + len(newline)
 
     def last_metrics(self) -> dict[str, Any] | None:
         """The last whole line, read from the end of a file that may be long and still be written to."""

@@ -99,7 +99,8 @@ def start_session(
     student, heads = new_networks(config, make_method(config, num_classes=plan.num_classes), device=device, dtype=dtype)
     optimizer = make_optimizer([*student.parameters(), *(heads.parameters() if heads else ())], config.optimizer)
     teacher = make_teacher(student)
-    learner = Learner(student.train(), teacher, optimizer, FlatGradients(optimizer.param_groups[0]["params"]), heads)
+    gradients = FlatGradients(optimizer.param_groups[0]["params"], slots=config.train.batch_size)
+    learner = Learner(student.train(), teacher, optimizer, gradients, heads)
     checkpoint, branched = where_it_left_off(config, run)
     first_step, offset = 1, 0
     if checkpoint is not None:

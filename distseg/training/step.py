@@ -26,6 +26,7 @@ from distseg.networks.ema import ema_decay, update_teacher
 from distseg.networks.stochastic import add_noise
 from distseg.networks.unet import NetworkOutput, UNet3D
 from distseg.training.clock import Clock
+from distseg.training.optimizer import step_where_finite
 from distseg.training.reduce import Communicator, FlatGradients
 
 
@@ -66,7 +67,10 @@ def training_step(
     communicator: Communicator,
     clock: Clock,
 ) -> dict[str, Tensor]:
-    """One step on this rank's slots; a collective: all ranks must call. Returns sums over all slots (see `record`)."""
+    """One step on this rank's slots; a collective: all ranks must call. Returns sums over all slots (see `record`).
+
+    Where a loss or a gradient is not finite on any rank the student stays as it is: `skipped`, and `broken/SLOT`.
+    """
     student, teacher, s = learner.student, learner.teacher, settings
     weights = {"supervised": 1.0, **method.weights(at)}
     logged: dict[str, Tensor] = {}
@@ -89,6 +93,7 @@ def training_step(
 
         losses = {"supervised": supervised_loss(seen.labelled.logits, slots.labelled_target), **terms.losses}
         loss = sum_of(weights[name] * value.sum() for name, value in losses.items()) / s.batch_size
+        _mark_broken(learner.gradients, slots, losses)
         with clock.section("network"), record_function("backward"):
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
@@ -100,10 +105,12 @@ def training_step(
 
     with record_function("sum over ranks"):
         logged = learner.gradients.sum_over_ranks(communicator, logged)
-    learner.optimizer.step()
+    finite = learner.gradients.finite()
+    step_where_finite(learner.optimizer, finite)
     with record_function("moving average"):
         update_teacher(teacher, student, decay=ema_decay(at.step, s.ema_decay))
-    return logged
+    broken = learner.gradients.broken.clone().unbind()
+    return {**logged, "skipped": (~finite).float(), **{f"broken/{slot}": one for slot, one in enumerate(broken)}}
 
 
 def record(logged: dict[str, float], *, method: Method, at: At, batch_size: int) -> dict[str, float | int | None]:
@@ -164,6 +171,14 @@ def _randomness(
         return torch_generators(settings.seed, purpose, slots.step, slots.slots, passes)
     torch.manual_seed(torch_seed(settings.seed, purpose, slots.step, slots.slots[0]))
     return None
+
+
+def _mark_broken(gradients: FlatGradients, slots: Batch, losses: dict[str, Tensor]) -> None:
+    """Which of these slots have a loss that is not finite; all ranks know after the sum."""
+    finite = torch.stack([value.detach() for value in losses.values()]).isfinite().all(dim=0)  # [B]
+    numbers = slots.slots  # every world_size-th
+    stride = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    gradients.broken[numbers[0] : numbers[-1] + 1 : stride] = (~finite).to(gradients.broken)
 
 
 def _count_foreground(logged: dict[str, Tensor], name: str, output: NetworkOutput) -> None:

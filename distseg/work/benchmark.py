@@ -47,7 +47,7 @@ def run_benchmark(
     """
     benchmark = prepare(config)
     with claimed(config, benchmark) as run:
-        _announce(benchmark)
+        _announce(config, benchmark)
         failed = _run_cells(config, benchmark, executor, train, evaluate)
         report, trouble = write_report(run, benchmark, failed, executor=executor)
     cells = [*benchmark.phase_a, *benchmark.phase_b]
@@ -60,10 +60,14 @@ def run_benchmark(
     return BenchmarkResult(config.run, finished, failures, report)
 
 
-def _announce(benchmark: Benchmark) -> None:
+def _announce(config: BenchmarkConfig, benchmark: Benchmark) -> None:
     """What will run and, before anyone has looked, what so many scans can show."""
     suite = benchmark.suite
     subsets, seeds = (", ".join(map(str, values)) for values in (suite.labelled, suite.seeds))
+    if config.cells_from is not None:
+        cells = [*benchmark.phase_a, *benchmark.phase_b]
+        taken = sum(cell.run.parents[1] == Path(config.cells_from) for cell in cells)
+        print(f"{taken} of {len(cells)} cells are finished in {config.cells_from} and read there")
     print(f"suite {suite.name}: {', '.join(row.name for row in suite.rows)}; labelled {subsets}; seeds {seeds}")
     print(
         f"{len(benchmark.scans)} {suite.split} scans, tests of each metric: {benchmark.comparisons}. A mean paired "
@@ -76,7 +80,7 @@ def _run_cells(
     config: BenchmarkConfig, benchmark: Benchmark, executor: Executor, train: Train, evaluate: Evaluate
 ) -> dict[str, str]:
     """Run what is not finished; returns cell name -> why it failed."""
-    phase_a = [] if benchmark.borrowed else [cell for cell in benchmark.phase_a if not cell.is_finished()]
+    phase_a = [cell for cell in benchmark.phase_a if not cell.is_finished()]
     phase_b = [cell for cell in benchmark.phase_b if not cell.is_finished()]
     done = len(benchmark.phase_a) + len(benchmark.phase_b) - len(phase_a) - len(phase_b)
     failed: dict[str, str] = {}

@@ -96,22 +96,22 @@ class Labels(NamedTuple):
 
 
 def make_cells(
-    suite: Suite, config: BenchmarkConfig, *, subsets: Mapping[Name, Sequence[str]]
+    suite: Suite, config: BenchmarkConfig, *, subsets: Mapping[Name, Sequence[str]], taken: Callable[[Cell], Cell]
 ) -> tuple[list[Cell], list[Cell]]:
     """Phase A and phase B cells in the order they run: by seed, then subset, then row.
 
-    `subsets`: the labelled ids of each. Raises ConfigError for a key or value that `distseg train` refuses.
+    `subsets`: the labelled ids of each; `taken`: the same cell where it is finished elsewhere. Raises ConfigError for a
+    key or value that `distseg train` refuses.
     """
-    here = Path(config.run) / "cells"
-    start = here if config.phase_a_from is None else Path(config.phase_a_from) / "cells"
     phase_a, phase_b = [], []
     for seed in suite.seeds:
         for name in suite.labelled:
             labels = Labels(name, subsets[name], suite.subsets[name].patches)
-            first = _cell(suite, config, suite.phase_a, labels, seed, folder=start, steps=suite.phase_a_steps)
-            phase_a.append(first if suite.evaluate_phase_a else dataclasses.replace(first, evaluate=None))
+            first = _cell(suite, config, suite.phase_a, labels, seed, steps=suite.phase_a_steps)
+            first = taken(first if suite.evaluate_phase_a else dataclasses.replace(first, evaluate=None))
+            phase_a.append(first)
             phase_b += [
-                _cell(suite, config, row, labels, seed, folder=here, steps=suite.phase_b_steps, parent=first)
+                taken(_cell(suite, config, row, labels, seed, steps=suite.phase_b_steps, parent=first))
                 for row in suite.rows
             ]
     return phase_a, phase_b
@@ -124,11 +124,10 @@ def _cell(
     labels: Labels,
     seed: int,
     *,
-    folder: Path,
     steps: int,
     parent: Cell | None = None,
 ) -> Cell:
-    run = str(folder / cell_name(row.name, labels.name, seed))
+    run = str(Path(config.run) / "cells" / cell_name(row.name, labels.name, seed))
     overrides = {
         "train.threads": max(1, available_cores() // config.side_by_side),
         **suite.common,
@@ -158,6 +157,7 @@ def _cell(
         split=suite.split,
         network=suite.network,
         overlap=suite.overlap,
+        components="all",  # islands are a method's; the tables show both readings
         logging=LoggingConfig(progress=False),
     )
     return Cell(row.name, labels.name, seed, composed, evaluation, None if parent is None else parent.name)
@@ -206,6 +206,7 @@ def evaluate_cell(config: EvaluateConfig) -> dict[str, Any]:
         name=config.split,
         network=config.network,
         overlap=config.overlap,
+        components=config.components,
         executor=LocalExecutor(1),
         progress=False,
     )

@@ -27,6 +27,7 @@ from distseg.evaluation.compare import detectable_effect
 from distseg.methods import make_method
 from distseg.training.plan import choose_labelled, make_plan
 from distseg.training.run import RunDirectory, write_atomic
+from distseg.work.benchmark_borrow import FinishedCells, how_measured
 from distseg.work.benchmark_cells import Cell, make_cells
 from distseg.work.owner import owning
 
@@ -44,7 +45,6 @@ class Benchmark:
     phase_b: list[Cell]
     subsets: Mapping[Name, tuple[str, ...]]
     scans: tuple[str, ...]
-    borrowed: bool  # phase A is another benchmark's
     record: Mapping[str, Any]  # of benchmark.yaml
 
     @property
@@ -71,7 +71,12 @@ def prepare(config: BenchmarkConfig) -> Benchmark:
     run = Path(config.run)
     stored = _stored(run, whole, config, cohort)
     subsets = {name: _labelled(whole, name, cohort, stored) for name in suite.labelled}
-    phase_a, phase_b = make_cells(suite, config, subsets=subsets)
+    elsewhere = _finished_elsewhere(config, whole, cohort)
+    phase_a, phase_b = make_cells(
+        suite, config, subsets=subsets, taken=elsewhere.instead_of if elsewhere is not None else lambda cell: cell
+    )
+    if elsewhere is not None:
+        elsewhere.check_used([*phase_a, *phase_b])
     _check_recipes(suite, phase_b)
     scans = _scans(suite, cohort)
     for cell in phase_a:
@@ -79,9 +84,8 @@ def prepare(config: BenchmarkConfig) -> Benchmark:
             _check_plan(cell, suite, cohort)
     for cell in phase_b:
         make_method(cell.config, num_classes=len(cohort.class_names))
-    borrowed = config.phase_a_from is not None
-    _check_runs(phase_a, phase_b, borrowed=borrowed)
-    benchmark = Benchmark(suite, cohort, phase_a, phase_b, subsets, scans, borrowed, {})
+    _check_runs(phase_a, phase_b)
+    benchmark = Benchmark(suite, cohort, phase_a, phase_b, subsets, scans, {})
     return dataclasses.replace(benchmark, record=_record(whole, config, benchmark, stored))
 
 
@@ -199,22 +203,20 @@ def _scans(suite: Suite, cohort: Cohort) -> tuple[str, ...]:
     return scans
 
 
-def _check_runs(phase_a: Sequence[Cell], phase_b: Sequence[Cell], *, borrowed: bool) -> None:
+def _finished_elsewhere(config: BenchmarkConfig, suite: Suite, cohort: Cohort) -> FinishedCells | None:
+    if config.cells_from is None:
+        return None
+    ours = {"cohort": config.cohort, "cohort_digest": cohort_digest(cohort), "suite": suite.content()}
+    return FinishedCells(Path(config.cells_from), evaluated=how_measured(ours))
+
+
+def _check_runs(phase_a: Sequence[Cell], phase_b: Sequence[Cell]) -> None:
     """Run directories that are there already hold what this suite would train."""
     for cell in (*phase_a, *phase_b):
         directory = RunDirectory(cell.run)
         stored = directory.stored()
         if stored is not None:
             directory.check_same(cell.config, stored)
-    missing = [cell.name for cell in phase_a if not cell.is_trained()]
-    if borrowed and missing:
-        raise ConfigError(
-            "no finished phase A there for this suite",
-            where="phase_a_from",
-            value=phase_a[0].run.parents[1],
-            rule=f"lacks {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
-            fix="finish that benchmark first, or leave phase_a_from out",
-        )
 
 
 def _record(
@@ -228,7 +230,7 @@ def _record(
         "hash": suite.hash(),
         "cohort": config.cohort,
         "cohort_digest": cohort_digest(benchmark.cohort),
-        "phase_a_from": config.phase_a_from,
+        "cells_from": config.cells_from,
         "evaluated_scans": len(benchmark.scans),
         "detectable_effect_sd": round(dataclasses.replace(benchmark, suite=suite).detectable_sd, 4),
         "subsets": {name: subsets[name] for name in suite.subsets if name in subsets},

@@ -15,14 +15,15 @@ from distseg.data.cohort import (
     ScanRecord,
     check_version,
     index_path,
-    local_path,
     read_attrs,
     read_index,
     read_lines,
     sources_path,
 )
+from distseg.data.place import reachable, remove_folder
 from distseg.errors import InputError
-from distseg.work.cohort_index import reconcile, write_lines, writing
+from distseg.work.cohort_index import reconcile, writing
+from distseg.work.line_file import write_lines
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,15 @@ def list_cohort(cohort: str, *, width: int | None = None) -> str:
 
 def remove_scan(cohort: str, *, scan: str) -> None:
     """Take one scan out of store, index and sources. Raises InputError if there is no such scan."""
-    root = local_path(cohort)
+    root = reachable(cohort)
     Cohort.open(root).scan(scan)  # both raise for what is not there
     with writing(root) as staging:
         records = read_index(root)
         records.pop(scan, None)
         folder = root / scan
-        if folder.is_dir():
+        if staging is None:
+            remove_folder(folder)
+        elif folder.is_dir():
             os.rename(folder, staging / scan)
             shutil.rmtree(staging / scan)
         write_lines(index_path(root), (record.to_json() for record in records.values()))
@@ -85,7 +88,7 @@ def remove_scan(cohort: str, *, scan: str) -> None:
 def repair_cohort(cohort: str) -> RepairReport:
     """Rebuild the index from the store; a scan that says it is incomplete is deleted, what cannot be read is left alone
     and in the report. Raises InputError without a cohort."""
-    root = local_path(cohort)
+    root = reachable(cohort)
     attrs = read_attrs(root)
     if attrs is None:
         raise InputError("no cohort there", where=root, fix="make one with distseg ingest source=... cohort=...")

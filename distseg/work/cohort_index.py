@@ -4,47 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distseg.data.cohort import ScanRecord, beside, index_path, read_index, read_lines
+from distseg.data.cohort import ScanRecord, beside, index_path, read_attrs, read_index, read_lines
 from distseg.data.convert import record_of
+from distseg.data.limits import needing_room
+from distseg.data.place import folders, is_url, remove_folder, write_text
 from distseg.errors import DataError
+from distseg.work.line_file import write_lines
 from distseg.work.owner import owning
+from distseg.work.url_owner import owning_url
 
 SCAN_ATTRS = frozenset(("ome", "sha256", "native", "stored", "foreground"))  # what ingest writes, and no one else
 
 
-def append_line(path: Path, data: Mapping[str, Any]) -> None:
-    """One line at the end; a cut-off line that a killed writer left is taken away first."""
-    with open(path, "ab+") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size > 0:
-            file.seek(size - 1)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-                file.seek(0, os.SEEK_END)
-        file.write(json.dumps(data, separators=(",", ":")).encode() + b"\n")
+def write_attrs(group: Path, changes: Mapping[str, Any]) -> None:
+    """`changes` into the attributes of a Zarr group, made if it is not there; atomically."""
+    group.mkdir(parents=True, exist_ok=True)
+    write_text(group / "zarr.json", json.dumps(_group_node({**(read_attrs(group) or {}), **changes}), indent=2))
 
 
-def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """The whole file anew, atomically."""
-    write_text(path, "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _group_node(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
 @dataclass(frozen=True)
@@ -66,8 +51,9 @@ def reconcile(cohort: Path, *, trust_index: bool) -> Reconciled:
     before = read_index(cohort) if trust_index else {}
     found = Reconciled()
     records = found.records
-    for folder in sorted(path for path in cohort.iterdir() if path.is_dir()):
-        if folder.name in before and (folder / "zarr.json").is_file():
+    for folder in folders(cohort):
+        # Behind a URL the question would be a request a scan.
+        if folder.name in before and (is_url(folder) or (folder / "zarr.json").is_file()):
             records[folder.name] = before[folder.name]
             continue
         try:
@@ -78,7 +64,7 @@ def reconcile(cohort: Path, *, trust_index: bool) -> Reconciled:
         if record is not None:
             records[folder.name] = record
         else:
-            shutil.rmtree(folder)
+            remove_folder(folder)
             found.dropped.append(folder.name)
     if not trust_index or records != before or not index_path(cohort).is_file():
         write_lines(index_path(cohort), (record.to_json() for _, record in sorted(records.items())))
@@ -118,13 +104,21 @@ def read_sources(path: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def writing(cohort: Path) -> Iterator[Path]:
-    """Hold the cohort for writing; gives the empty staging folder beside it. Raises InputError while another does.
+def writing(cohort: Path) -> Iterator[Path | None]:
+    """Hold the cohort for writing; gives the empty staging folder beside it, None behind a URL. Raises InputError while
+    another does.
 
-    COHORT.lock names the owner; see `distseg.work.owner`.
+    COHORT.lock names the owner; see `distseg.work.owner` and `distseg.work.url_owner`.
     """
+    if is_url(cohort):
+        with owning_url(beside(cohort, "lock"), what="cohort", name=cohort):
+            yield None
+        return
     staging = beside(cohort, "staging")
-    with owning(beside(cohort, "lock"), what="cohort", name=cohort):
+    with contextlib.ExitStack() as held:
+        held.enter_context(needing_room("on its disk", cohort))
+        cohort.parent.mkdir(parents=True, exist_ok=True)
+        held.enter_context(owning(beside(cohort, "lock"), what="cohort", name=cohort))
         shutil.rmtree(staging, ignore_errors=True)  # what a killed owner left
         staging.mkdir()
         try:

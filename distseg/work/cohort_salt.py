@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import secrets
-import uuid
 from pathlib import Path
 
 from distseg.data.cohort import beside, read_attrs
+from distseg.data.place import create_text
 from distseg.errors import DataError
 
 SALT_NBYTES = 32
@@ -48,15 +47,8 @@ def salt_attrs(cohort: Path) -> dict[str, str]:
 def _make(path: Path) -> None:
     """Whole, or not at all, and only where none came in the meantime."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(SALT_NBYTES) + "\n")
-        with contextlib.suppress(FileExistsError):  # another process was first
-            os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(FileExistsError):  # another process was first
+        create_text(path, secrets.token_hex(SALT_NBYTES) + "\n")
 
 
 def _read(path: Path) -> bytes | None:

@@ -14,6 +14,7 @@ from distseg.work.doctor_checks import (
     check_devices,
     check_disk,
     check_faiss,
+    check_reader,
     check_round_trip,
     check_shared_memory,
     check_storage,
@@ -30,6 +31,7 @@ def examine_machine(config: DoctorConfig) -> Iterator[Finding]:
     yield check_versions(nodes)
     yield check_devices(nodes, gpus_per_worker=config.resources.gpus_per_worker)
     yield check_faiss(nodes)
+    yield check_reader(nodes)
     yield check_shared_memory(nodes, object_store_gib={})
     yield _check_storage(config)
     yield check_disk({facts.node: [disk_of(config.storage), facts.temporary]})

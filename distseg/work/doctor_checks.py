@@ -108,6 +108,17 @@ def check_faiss(nodes: Sequence[NodeFacts]) -> Finding:
     return Finding(worst.check, worst.level, worst.text + where, worst.fix)
 
 
+def check_reader(nodes: Sequence[NodeFacts]) -> Finding:
+    """What reads patches of a local cohort."""
+    slower = [node.node for node in nodes if node.reader != "tensorstore"]
+    if not slower:
+        return Finding("patches", "ok", "read by TensorStore")
+    where = f" on {_names(slower)}" if len(nodes) > 1 else ""
+    return Finding(
+        "patches", "ok", f"read by zarr-python{where} (distseg[io] brings TensorStore, several times faster)"
+    )
+
+
 def _faiss_of(node: NodeFacts) -> Finding:
     report = node.faiss
     names = " and ".join(report.distributions)

@@ -36,6 +36,7 @@ class _Task:
     scan: Scan
     network: str  # whose prediction is drawn
     overlap: float
+    components: str
     threads: int
 
 
@@ -47,6 +48,7 @@ def evaluate_run(
     name: str,
     network: str,
     overlap: float,
+    components: str,
     executor: Executor,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def evaluate_run(
     _check_classes(model.class_names, opened.class_names)
     chosen, skipped = _choose_scans(opened, split)
     threads = max(1, available_cores() // executor.workers)
-    tasks = [_Task(run, fingerprint, opened.scan(scan_id), network, overlap, threads) for scan_id in chosen]
+    tasks = [_Task(run, fingerprint, opened.scan(scan_id), network, overlap, components, threads) for scan_id in chosen]
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "figures").mkdir(parents=True)
@@ -162,8 +164,10 @@ def _measure_scan(task: _Task) -> ScanResult:
         output_spacing_mm=native.spacing_mm,
     )
     rows = []
+    filtered = model.info.whole_values(task.components)
+    masks = {network: largest_components(mask, values=filtered) for network, mask in masks.items()}
     for network, mask in masks.items():
-        variants = {"all": mask, "largest": largest_components(mask, num_classes=len(model.class_names))}
+        variants = {"all": mask, "largest": largest_components(mask, values=range(1, len(model.class_names)))}
         for component, variant in variants.items():
             scores = score_scan(variant, truth, spacing_mm=native.spacing_mm, class_names=model.class_names)
             rows += [ScoreRow(scan.scan_id, network, component, name, score) for name, score in scores.items()]

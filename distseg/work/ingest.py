@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import zarr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -17,17 +16,18 @@ from distseg.data.cohort import (
     ScanRecord,
     check_version,
     index_path,
-    local_path,
     read_attrs,
     sources_path,
 )
 from distseg.data.convert import Converted, Known, ScanTask, convert_scan
 from distseg.data.formats import SPLIT_NAMES, Case, Source, discover
+from distseg.data.place import is_url, reachable
 from distseg.data.volume import Spacing, spacing3
 from distseg.errors import ConfigError, DataError, FinishedWithFailures
-from distseg.work.cohort_index import append_line, read_sources, reconcile, writing
+from distseg.work.cohort_index import read_sources, reconcile, write_attrs, writing
 from distseg.work.cohort_salt import cohort_salt, salt_attrs
 from distseg.work.executor import Executor, Outcome
+from distseg.work.line_file import LineFile
 
 
 @dataclass
@@ -58,7 +58,7 @@ def ingest_cohort(
     scan is usable, raises FinishedWithFailures with all of them and leaves no new cohort behind. structures: names of
     masks, segments or ROIs that become the classes 1, 2, ... where the source has such.
     """
-    path = local_path(cohort)
+    path = reachable(cohort)
     found = discover(source, structures=structures, salt=lambda: cohort_salt(path))
     spacing = None if spacing_mm is None else spacing3(spacing_mm)
     for note in found.notes:
@@ -76,7 +76,7 @@ def ingest_cohort(
             ScanTask(
                 case=case,
                 cohort=str(path),
-                staging=str(staging),
+                staging="" if staging is None else str(staging),
                 classes=classes,
                 spacing_mm=spacing,
                 known=Known(records[case.scan_id], sources.get(case.scan_id)) if case.scan_id in records else None,
@@ -85,11 +85,12 @@ def ingest_cohort(
             if case.scan_id not in left_ids  # nothing in the store is replaced unread
         ]
         report = IngestReport(str(path), failed=[*found.failures, *stored.left])
-        with _progress_bar(progress) as bar:
+        index, origins = LineFile(index_path(path)), LineFile(sources_path(path))
+        with _progress_bar(progress) as bar, index, origins:
             running = bar.add_task("ingest", total=len(tasks))
             by_id = {task.case.scan_id: task.case for task in tasks}
             for outcome in executor.map(convert_scan, tasks, key=_task_key):
-                _book(path, by_id[outcome.key], outcome, records, report)
+                _book(path, by_id[outcome.key], outcome, records, report, index=index, origins=origins)
                 bar.advance(running)
         report.added.sort()
         report.skipped.sort()
@@ -106,7 +107,7 @@ def _take_back(path: Path, new: Sequence[Path], *, had_folder: bool) -> None:
     """An empty cohort that this call made goes again, file by file: nothing else is deleted."""
     for file in new:
         file.unlink(missing_ok=True)
-    if not had_folder and not any(path.iterdir()):
+    if not had_folder and not is_url(path) and not any(path.iterdir()):
         path.rmdir()
 
 
@@ -123,7 +124,7 @@ def _open_store(path: Path, found: Source, spacing: Spacing | None) -> dict[str,
             "spacing_mm": None if spacing is None else list(spacing),
         }
         attrs |= salt_attrs(path)
-        zarr.create_group(path, zarr_format=3, attributes=attrs)
+        write_attrs(path, attrs)
         return found.classes
     check_version(attrs, path)
     had = None if attrs.get("spacing_mm") is None else spacing3(attrs["spacing_mm"])
@@ -134,10 +135,10 @@ def _open_store(path: Path, found: Source, spacing: Spacing | None) -> dict[str,
             "one cohort, one spacing", where="data.spacing_mm", value=got, rule=rule, fix="as it is there"
         )
     if salt_attrs(path).keys() - attrs.keys():
-        zarr.open_group(path, mode="r+", zarr_format=3).update_attributes(salt_attrs(path))
+        write_attrs(path, salt_attrs(path))
     classes: dict[str, int] = dict(attrs["classes"])
     if len(classes) <= 1 < len(found.classes):  # so far unlabelled scans only
-        zarr.open_group(path, mode="r+", zarr_format=3).update_attributes({"classes": found.classes})
+        write_attrs(path, {"classes": found.classes})
         return found.classes
     if found.classes != classes and len(found.classes) > 1:
         rule = f"the cohort's classes are {classes}"
@@ -166,7 +167,14 @@ def split_by_hash(scan_id: str, shares: Sequence[float]) -> str:
 
 
 def _book(
-    path: Path, case: Case, outcome: Outcome[Converted], records: dict[str, ScanRecord], report: IngestReport
+    path: Path,
+    case: Case,
+    outcome: Outcome[Converted],
+    records: dict[str, ScanRecord],
+    report: IngestReport,
+    *,
+    index: LineFile,
+    origins: LineFile,
 ) -> None:
     """Write down what became of one scan, as soon as it is known."""
     if outcome.value is None:
@@ -179,16 +187,15 @@ def _book(
         report.skipped.append(record.scan_id)
         if case.split is not None and case.split != record.split:
             record = replace(record, split=case.split)
-            group = zarr.open_group(path / record.scan_id, mode="r+", zarr_format=3)
-            group.update_attributes({"split": record.split})
+            write_attrs(path / record.scan_id, {"split": record.split})
         elif records.get(record.scan_id) == record:
             return
     records[record.scan_id] = record
-    append_line(index_path(path), record.to_json())
+    index.append(record.to_json())
     if outcome.value.written:
         label = None if case.label is None else str(case.label.path.absolute())
         line: dict[str, Any] = {"id": record.scan_id, "image": str(case.image.path.absolute()), "label": label}
-        append_line(sources_path(path), line)
+        origins.append(line)
 
 
 def _name_channel(path: Path, records: dict[str, ScanRecord]) -> None:
@@ -197,7 +204,7 @@ def _name_channel(path: Path, records: dict[str, ScanRecord]) -> None:
     found = {record.modality for record in records.values()}
     if attrs is not None and attrs["channel_names"] == {"0": "unknown"} and found not in ({"unknown"}, set()):
         name = found.pop() if len(found) == 1 else "mixed"
-        zarr.open_group(path, mode="r+", zarr_format=3).update_attributes({"channel_names": {"0": name}})
+        write_attrs(path, {"channel_names": {"0": name}})
 
 
 def _task_key(task: ScanTask) -> str:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
 from distseg.data.cohort import Cohort, Scan, ScanRecord
+from distseg.data.place import join
 from distseg.errors import InputError
 from distseg.inference.scan_facts import TOUCHING
 from distseg.training.run import RunDirectory
@@ -39,7 +39,7 @@ def reference_of(run: str, cohort: Cohort | None, class_names: Sequence[str]) ->
     }
     most = dict.fromkeys(class_names[1:], 1)
     for record in records[:MOST_SCANS]:
-        annotation = Scan(str(Path(home.path) / record.scan_id), record.scan_id).annotation
+        annotation = Scan(join(home.path, record.scan_id), record.scan_id).annotation
         if annotation is None:
             continue
         mask = np.asarray(annotation[...])

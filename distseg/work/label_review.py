@@ -22,10 +22,10 @@ import numpy as np
 from distseg.config.schema import LabelSectionConfig
 from distseg.data.keys import Purpose, generator
 from distseg.data.label_output import ledger_path, read_ledger
+from distseg.data.place import write_text
 from distseg.evaluation.distrust import expected_error, next_to_label, random_with_foreground, volume_deviation
 from distseg.evaluation.review_page import ReviewContent, render_review
 from distseg.inference.model import Model
-from distseg.work.cohort_index import write_text
 from distseg.work.executor import Executor
 from distseg.work.label_pictures import review_pictures
 from distseg.work.label_reference import Reference, reference_of

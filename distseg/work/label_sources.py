@@ -10,6 +10,7 @@ from distseg.data.cohort import Cohort, Scan, ScanRecord, read_attrs
 from distseg.data.formats import discover
 from distseg.data.formats.case import ImageSource
 from distseg.data.formats.dicom_folder import Salt
+from distseg.data.place import reachable
 from distseg.data.volume import Geometry, NativeGrid, Shape, Spacing
 from distseg.errors import InputError
 from distseg.inference.whole_scan import ScanIntensity
@@ -55,7 +56,7 @@ def find_sources(where: str, *, only: str, salt: Salt | None = None) -> Sources:
     `salt` gives the key of DICOM ids, the same in each call that is to know them again; None: another each time.
     Raises InputError where there is neither, or nothing is left to label.
     """
-    path = Path(where)
+    path = reachable(where)
     if read_attrs(path) is None:
         found = _from_folder(path, salt)
     else:

@@ -18,6 +18,7 @@ import torch
 from packaging.requirements import Requirement
 
 from distseg import __version__
+from distseg.data.arrays import reader_name
 from distseg.matching.index_check import FaissReport, faiss_report
 from distseg.work.executor import available_cores
 
@@ -64,6 +65,7 @@ class NodeFacts:
     shared_memory: Disk | None
     temporary: Disk
     ray_auth_mode: str | None  # RAY_AUTH_MODE as a worker has it
+    reader: str = "zarr"  # of the store's arrays: tensorstore or zarr
 
 
 def gather_facts(node: str | None = None) -> NodeFacts:
@@ -83,6 +85,7 @@ def gather_facts(node: str | None = None) -> NodeFacts:
         shared_memory=Disk.under(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None,
         temporary=Disk.under(tempfile.gettempdir()),
         ray_auth_mode=os.environ.get("RAY_AUTH_MODE"),
+        reader=reader_name(),
     )
 
 

@@ -1,6 +1,6 @@
 """Masks for files: each in its input's own grid, uint8, whole or not at all.
 
-    OUT/CASE.nii.gz      one per input
+    OUT/CASE.nii.gz      one per input; CASE.dcm with format=dicom_seg
     OUT/.distseg.json    of each mask: digest of the model, network, overlap, label's rule, SHA-256 of the input
 
 The same call again does what is still to do. A mask is kept only if the record says that all of it is this call's; any
@@ -10,32 +10,34 @@ other file where a mask is to go stops the call before it works, and is never re
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from distseg.config.schema import LabelRuleConfig
+from distseg.data.dicom.series import DicomSeries
+from distseg.data.dicom.write_segmentation import check_class_names, require_highdicom, write_segmentation
 from distseg.data.formats import ImageSource
 from distseg.data.label_output import KINDS
 from distseg.data.nifti import write_nifti
 from distseg.data.plane_spool import PlaneSpool
-from distseg.errors import DataError, InputError
+from distseg.data.volume import NativeGrid
+from distseg.errors import DataError
+from distseg.evaluation.metrics import largest_components
 from distseg.inference.label_scan import LabelRule
 from distseg.inference.whole_scan import ScanIntensity, cached_model, model_fingerprint, segment_scan, use_threads
 from distseg.work.executor import Executor, available_cores
 from distseg.work.label_sources import OpenScan
 from distseg.work.label_task import label_open_scan, rule_of
-from distseg.work.predict_inputs import Input, find_inputs, is_nifti
-
-RECORD = ".distseg.json"
-RECORDED = ("model", "network", "overlap", "label", "input_sha256")
+from distseg.work.predict_inputs import find_inputs, is_mask
+from distseg.work.predict_record import RECORD, add_to_record, refuse_others_masks
 
 
 @dataclass
@@ -58,6 +60,7 @@ class _Task:
     made_by: dict[str, Any]  # of the record
     rule: LabelRule | None  # None: the network's argmax
     threads: int
+    format: str = "nifti"
 
 
 @dataclass(frozen=True)
@@ -76,29 +79,39 @@ def predict_files(
     output: str,
     network: str,
     overlap: float,
+    components: str,
     executor: Executor,
     label: LabelRuleConfig | None = None,
+    format: str = "nifti",
     progress: bool = True,
 ) -> PredictReport:
     """Segment a NIfTI file or every one of a folder, or every DICOM series below one; `output` is a folder, or a file
     where the input is one image. With `label` each mask is what `distseg label` makes of the scan, in place of the
-    network's argmax; `network` and `overlap` are then label's own.
+    network's argmax; `network` and `overlap` are then label's own. `format` is "nifti" or "dicom_seg".
 
     A file that cannot be segmented is in the report and the others go on; a single one raises its DataError. Raises
     InputError where there is nothing to read, or where `output` holds files that this model did not make.
     """
     fingerprint = model_fingerprint(run)
-    inputs, failures, notes = find_inputs(Path(input), Path(output))
-    made_by = {"model": fingerprint, "network": network, "overlap": overlap, "label": None}
+    if format == "dicom_seg":
+        require_highdicom()
+        check_class_names(cached_model(run, fingerprint)[0].class_names)
+    inputs, failures, notes = find_inputs(Path(input), Path(output), format)
+    made_by = {"model": fingerprint, "network": network, "overlap": overlap, "components": components, "label": None}
     rule = None
     if label is not None:
         rule = rule_of(label, cached_model(run, fingerprint)[0].info)
-        made_by |= {"network": "teacher", "overlap": label.overlap, "label": dataclasses.asdict(rule)}
-    record = None if is_nifti(Path(output)) else Path(output) / RECORD
+        made_by |= {
+            "network": "teacher",
+            "overlap": label.overlap,
+            "components": "all",
+            "label": dataclasses.asdict(rule),
+        }
+    record = None if is_mask(Path(output), format) else Path(output) / RECORD
     existing = {one.mask: one for one in inputs if one.mask.exists()}
-    _refuse_others_masks(existing, made_by, record)
+    refuse_others_masks(existing, made_by, record)
     if record is not None:
-        _add_to_record(record, {})  # a folder that cannot be written shows before the work
+        add_to_record(record, {})  # a folder that cannot be written shows before the work
     threads = max(1, available_cores() // executor.workers)
     call = uuid.uuid4().hex[:8]
     tasks = [
@@ -112,6 +125,7 @@ def predict_files(
             made_by,
             rule,
             threads,
+            format,
         )
         for one in inputs
         if one.mask not in existing
@@ -162,7 +176,8 @@ def _predict_file(task: _Task) -> _Made:
             overlap=task.made_by["overlap"],
             device=device,
         )
-        write_nifti(task.staged, volume.native.from_canonical(masks[network]), volume.native)
+        mask = largest_components(masks[network], values=model.info.whole_values(task.made_by["components"]))
+        _write(task, volume.native.from_canonical(mask), volume.native)
     return _Made(task.mask, task.staged, {**task.made_by, "input_sha256": input_sha256})
 
 
@@ -176,13 +191,23 @@ def _label_file(task: _Task, scan: OpenScan) -> None:
         label_open_scan(
             model,
             scan,
-            scan_id=mask.name.removesuffix(".gz").removesuffix(".nii"),
+            scan_id=mask.name.removesuffix(".gz").removesuffix(".nii").removesuffix(".dcm"),
             rule=task.rule,
             overlap=task.made_by["overlap"],
             device=device,
             spools=dict(zip(KINDS, (masks, trusts), strict=True)),
         )
-        masks.write_nifti(task.staged, scan.native)
+        _write(task, masks.read(scan.native), scan.native)
+
+
+def _write(task: _Task, mask: npt.NDArray[np.uint8], native: NativeGrid) -> None:
+    """`mask` in native axis order, under the staged name."""
+    if task.format == "nifti":
+        write_nifti(task.staged, mask, native)
+        return
+    assert isinstance(task.image, DicomSeries), "find_inputs lets nothing else through"
+    class_names = cached_model(task.run, task.fingerprint)[0].class_names
+    write_segmentation(task.staged, mask, series=task.image, class_names=class_names, made_by=task.fingerprint)
 
 
 def _staged(mask: Path, call: str) -> Path:
@@ -193,67 +218,13 @@ def _book(made: _Made, record: Path | None) -> str:
     """Record first, then show the mask: killed between the two, there is no mask yet and the next call makes it; the
     other way round, there would be a mask of unknown origin. Returns the mask's path."""
     if record is not None:
-        _add_to_record(record, {Path(made.mask).name: made.entry})
+        add_to_record(record, {Path(made.mask).name: made.entry})
     os.replace(made.staged, made.mask)
     return made.mask
 
 
 def _input_name(task: _Task) -> str:
     return task.name
-
-
-def _refuse_others_masks(existing: Mapping[Path, Input], made_by: Mapping[str, Any], record: Path | None) -> None:
-    """Raises InputError where a mask to write exists and is not on record as what this call writes."""
-    if not existing:
-        return
-    fix = "choose another output= or remove it"
-    if record is None:
-        raise InputError("the output exists already", where="output", value=next(iter(existing)), fix=fix)
-    masks = _read_record(record)
-    for mask, one in existing.items():
-        entry = masks.get(mask.name)
-        if entry is None:
-            rule = f"{RECORD} does not say what made it"
-        else:
-            wanted = {**made_by, "input_sha256": one.image.sha256()}
-            other = [name for name in RECORDED if entry.get(name) != wanted[name]]
-            if not other:
-                continue
-            rule = f"{RECORD} says that it differs in {', '.join(other)}"
-        what = "a mask exists already and is not what this call would write"
-        raise InputError(what, where="output", value=mask, rule=rule, fix=fix)
-
-
-def _read_record(record: Path) -> dict[str, dict[str, Any]]:
-    """Mask's name -> its entry; {} without a record. Raises InputError for one that cannot be read or understood."""
-    fix = "choose another output="
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise InputError("not readable", where=record, value=error.strerror, fix=fix) from error
-    except ValueError as error:
-        raise InputError("not readable as JSON", where=record, value=error, fix=fix) from error
-    masks = content.get("masks", {}) if isinstance(content, dict) else None
-    if not isinstance(masks, dict) or not all(isinstance(entry, dict) for entry in masks.values()):
-        raise InputError("not a record of masks", where=record, fix=fix)
-    return masks
-
-
-def _add_to_record(record: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Atomic, and read again each time: other calls may write other masks into the same folder."""
-    temporary = record.with_name(f"{record.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"masks": {**_read_record(record), **entries}}, indent=1)
-        try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            os.replace(temporary, record)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write there: {error.strerror}", where="output", value=record.parent) from error
 
 
 def progress_bar(shown: bool) -> Progress:

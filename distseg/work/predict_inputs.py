@@ -13,6 +13,8 @@ from distseg.data.formats import ImageSource, NiftiImage, safe_id
 from distseg.errors import InputError
 
 SUFFIXES = (".nii.gz", ".nii")
+# Of a mask's file by its format; the first where the name is ours to choose.
+MASK_SUFFIXES = {"nifti": SUFFIXES, "dicom_seg": (".dcm",)}
 CHANNEL = "_0000"  # nnU-Net's first channel; the mask is named without it
 
 
@@ -25,11 +27,36 @@ class Input:
     mask: Path
 
 
-def find_inputs(source: Path, output: Path) -> tuple[list[Input], list[tuple[str, str]], list[str]]:
+def find_inputs(source: Path, output: Path, format: str) -> tuple[list[Input], list[tuple[str, str]], list[str]]:
     """Inputs in the order of their names, those that cannot be used with one line why, and notes. Raises InputError
-    where there is nothing to read, or where two would give one mask."""
+    where there is nothing to read, where two would give one mask, or where `format` is not for such inputs."""
+    _check_output(output, format)
+    found = _inputs(source, output, format)
+    if format == "dicom_seg":
+        for one in found[0]:
+            if not isinstance(one.image, DicomSeries):
+                rule = "it refers to the slices of a DICOM series"
+                raise InputError(
+                    "no DICOM-SEG of NIfTI", where="format", value=one.name, rule=rule, fix="set format=nifti"
+                )
+    return found
+
+
+def is_mask(output: Path, format: str) -> bool:
+    """Whether `output` names the mask's file rather than a folder."""
+    return output.name.lower().endswith(MASK_SUFFIXES[format])
+
+
+def _check_output(output: Path, format: str) -> None:
+    for other in MASK_SUFFIXES:
+        if other != format and is_mask(output, other):
+            rule = f"a folder, or a name in {' or '.join(MASK_SUFFIXES[format])}, with format={format}"
+            raise InputError("named as a mask of another format", where="output", value=output, rule=rule)
+
+
+def _inputs(source: Path, output: Path, format: str) -> tuple[list[Input], list[tuple[str, str]], list[str]]:
     if source.is_file():
-        return [_one_file(source, output)], [], []
+        return [_one_file(source, output, format)], [], []
     if not source.is_dir():
         raise InputError("no such file or folder", where="input", value=source)
     images = sorted(path for path in source.iterdir() if is_nifti(path) and path.is_file() and path.name[0] != ".")
@@ -37,7 +64,7 @@ def find_inputs(source: Path, output: Path) -> tuple[list[Input], list[tuple[str
         if images:
             rule = "a folder of NIfTI or of DICOM"
             raise InputError("NIfTI and DICOM in one folder", where="input", value=images[0].name, rule=rule)
-        return _series(source, output)
+        return _series(source, output, format)
     if is_nifti(output):
         rule = "a folder, where the input is one"
         raise InputError("a folder of images cannot go into one file", where="output", value=output, rule=rule)
@@ -51,25 +78,26 @@ def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def _one_file(source: Path, output: Path) -> Input:
+def _one_file(source: Path, output: Path, format: str) -> Input:
     if is_nifti(source):
         image: ImageSource = NiftiImage(source)
         mask_name = _mask_name(source)
     elif looks_like_dicom(source):  # enhanced multi-frame, or refused for what it is when read
-        image, mask_name = DicomSeries(source, (source,)), f"{safe_id(source.stem)}.nii.gz"
+        image, mask_name = DicomSeries(source, (source,)), f"{safe_id(source.stem)}{MASK_SUFFIXES[format][0]}"
     else:
         rule = "a name in .nii.gz or .nii, or DICOM"
         raise InputError("not a NIfTI file", where="input", value=source, rule=rule)
-    return Input(source.name, image, output if is_nifti(output) else output / mask_name)
+    return Input(source.name, image, output if is_mask(output, format) else output / mask_name)
 
 
-def _series(source: Path, output: Path) -> tuple[list[Input], list[tuple[str, str]], list[str]]:
+def _series(source: Path, output: Path, format: str) -> tuple[list[Input], list[tuple[str, str]], list[str]]:
     found = find_series(source)
-    if is_nifti(output) and len(found.series) != 1:
+    is_file = is_mask(output, format)
+    if is_file and len(found.series) != 1:
         rule = "a folder, where the input is not one series"
         raise InputError("series cannot go into one file", where="output", value=output, rule=rule)
     inputs = [
-        Input(one.name, one.image, output if is_nifti(output) else output / f"{safe_id(one.name)}.nii.gz")
+        Input(one.name, one.image, output if is_file else output / f"{safe_id(one.name)}{MASK_SUFFIXES[format][0]}")
         for one in found.series
     ]
     if not inputs and not found.failures:

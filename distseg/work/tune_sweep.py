@@ -97,7 +97,8 @@ def make_base(config: TuneRunConfig, settings: TuneConfig, *, passes: float, war
         train_part(config),
         run="",
         train=dataclasses.replace(train, validate_every_steps=every, validation_patches=patches),
-        checkpoint=dataclasses.replace(checkpoint, every_steps=saved, keep=keep),
+        # None by the clock: it would push a look's out of those that are kept.
+        checkpoint=dataclasses.replace(checkpoint, every_steps=saved, every_minutes=None, keep=keep),
         optimizer=optimizer,
         logging=dataclasses.replace(config.logging, progress=False),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 BENCHMARKS = (
     "step", "step_growth", "precision", "methods", "index", "embeddings", "bank", "scaling", "label", "label_ledger",
     "label_quality",
+    "ingest", "patches", "loader", "open_cohort",
 )  # fmt: skip
 OPTIONS = {
     "index": ("large",),
@@ -17,6 +18,7 @@ OPTIONS = {
     "precision": ("trained", "cohort"),
     "label": ("trained", "cohort"),
     "label_quality": ("trained", "cohort", "output"),
+    "patches": ("data",),
 }  # which of the arguments a benchmark takes
 
 
@@ -33,6 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--cohort", help="embeddings, precision, label*: a cohort of its kind")
     parser.add_argument("--output", help="label_quality: where masks and review are kept")
+    parser.add_argument("--data", help="patches: a folder that keeps the scans made (10 GB) for the next time")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(BENCHMARKS))
     if unknown:

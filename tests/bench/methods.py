@@ -51,7 +51,7 @@ def _step(bench: StepBench, name: str) -> Callable[[], object]:
     if heads is not None:
         parameters += heads.to(device).train().parameters()
     optimizer = make_optimizer(parameters, bench.config.optimizer)
-    learner = Learner(student, make_teacher(student), optimizer, FlatGradients(parameters), heads)
+    learner = Learner(student, make_teacher(student), optimizer, FlatGradients(parameters, slots=2), heads)
     labels = bench.batch.labelled_target.cpu().numpy()
     maps = [torch.from_numpy(signed_distances(label, num_classes, spacing_mm=(1, 1, 1))) for label in labels]
     batch = dataclasses.replace(bench.batch, labelled_distance=torch.stack(maps).to(device))

@@ -68,7 +68,7 @@ def _step(preset: str, device: torch.device, option: str) -> Callable[[], object
     if option == "channels_last":
         student = bench.student.to(memory_format=torch.channels_last_3d)
         optimizer = make_optimizer(student.parameters(), bench.config.optimizer)
-        bench.learner = Learner(student, make_teacher(student), optimizer, FlatGradients(student.parameters()))
+        bench.learner = Learner(student, make_teacher(student), optimizer, FlatGradients(student.parameters(), slots=2))
     if option == "compile":
         for network in (bench.learner.student, bench.learner.teacher):
             compile_network(network)

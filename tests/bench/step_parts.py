@@ -63,7 +63,9 @@ class StepBench:
         self.teacher = make_teacher(self.student)
         self.batch = _batch(self.side, self.case.num_classes, device)
         self.optimizer = make_optimizer(self.student.parameters(), self.config.optimizer)
-        self.learner = Learner(self.student, self.teacher, self.optimizer, FlatGradients(self.student.parameters()))
+        self.learner = Learner(
+            self.student, self.teacher, self.optimizer, FlatGradients(self.student.parameters(), slots=2)
+        )
         bfloat16 = resolved_precision("auto", device) == "bfloat16"
         self.settings = StepSettings(
             seed=0, batch_size=SLOTS, slots_per_pass=self.case.slots_per_pass, keyed=device.type == "cpu",

@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distseg.cli import main
 from distseg.doors import Verb
+from tests.unit import dicom_writer
 from tests.unit.tiny_cohort import write_source
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -69,9 +71,11 @@ def test_the_page_on_your_own_data_runs(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "DATA" / "splits.json").unlink()  # the page asks for shares
     (tmp_path / "NEW").mkdir()
     shutil.copy(tmp_path / "DATA" / "imagesTr" / "u_0000.nii.gz", tmp_path / "NEW" / "u.nii.gz")
+    dicom_writer.series(tmp_path / "DICOM" / "one", np.full((7, 10, 12), 1000, np.uint16))
     run_page("your-own-data")
     assert (tmp_path / "runs" / "em" / "evaluation" / "val" / "report.html").is_file()
     assert (tmp_path / "masks" / "u.nii.gz").is_file()
+    assert (tmp_path / "segmentations" / "one.dcm").is_file()
 
 
 @pytest.mark.slow

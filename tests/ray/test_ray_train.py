@@ -72,7 +72,6 @@ def weights(run: Path, network: str) -> torch.Tensor:
 
 
 @pytest.mark.ray
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # Ray's own, of its own options
 @pytest.mark.parametrize(
     ("placement", "victim"),
     [

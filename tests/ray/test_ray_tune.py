@@ -16,7 +16,8 @@ import pytest
 from distseg.config.schema import ResourcesConfig, TrainConfig, TrainRunConfig, TuneConfig
 from distseg.config.spaces import load_space
 from distseg.distributed.cluster import check_resources
-from distseg.distributed.tune import _scheduler, room_for_trials
+from distseg.distributed.tune import room_for_trials
+from distseg.distributed.tune_scheduler import make_scheduler
 from distseg.errors import InputError
 from distseg.inference.model import load_model
 from distseg.work.tune_sweep import Sweep
@@ -105,14 +106,14 @@ def test_asha_goes_on_as_if_there_had_been_one_session(tmp_path: Path) -> None:
     """Ray loses ASHA's rungs; ours are filled again from the journal, so the same trials are stopped."""
     sweep, values = _sweep(tmp_path, steps=9, looks=9, reduction=3), [0.5, 0.2, 0.6, 0.55, 0.1, 0.58, 0.61, 0.4]
     looks = [{step: value * (1 + step / 100) for step in range(1, 9)} for value in values]
-    whole = _scheduler(sweep, SimpleNamespace(ended=[]), "max")
+    whole = make_scheduler(sweep, SimpleNamespace(ended=[]), "max")
     stopped_at = [_stopped_at(whole, f"t{n}", look) for n, look in enumerate(looks)]
     assert len(set(stopped_at)) == 3  # at the first rung, at the second, not at all
     half = [
         Trial(f"t{n}", {}, f"t{n}", looks={s: v for s, v in look.items() if s <= (stopped_at[n] or 9)})
         for n, look in enumerate(looks[:4])
     ]
-    resumed = _scheduler(sweep, SimpleNamespace(ended=half), "max")
+    resumed = make_scheduler(sweep, SimpleNamespace(ended=half), "max")
     assert [_stopped_at(resumed, f"t{n}", looks[n]) for n in range(4, 8)] == stopped_at[4:]
 
 

@@ -297,19 +297,41 @@ def test_a_part_of_the_suite(start: Callable[..., Any], tmp_path: Path) -> None:
     assert len(whole.measured) == 2 * 2 * 3 - 2
 
 
-def test_phase_a_of_another_benchmark(start: Callable[..., Any], tmp_path: Path) -> None:
-    start(Fakes(whole=True), rows=["supervised"])
-    idea = content(rows={"doubled": {"method": "uamt", "overrides": {"method.weight_consistency": 0.2}}})
+def test_cells_of_another_benchmark_are_not_trained_again(start: Callable[..., Any], tmp_path: Path) -> None:
+    there = str(tmp_path / "run")
+    start(Fakes(whole=True), rows=["supervised", "uamt"])
+    idea = content(
+        rows={
+            "uamt_again": {"method": "uamt"},  # the same cell by another name
+            "doubled": {"method": "uamt", "overrides": {"method.weight_consistency": 0.2}},
+        }
+    )
     fakes = Fakes()
-    DICE["doubled"] = 0.65
-    start(fakes, suite=idea, run="idea", phase_a_from=str(tmp_path / "run"))
+    DICE["doubled"] = DICE["uamt_again"] = 0.65
+    start(fakes, suite=idea, run="idea", cells_from=there)
     assert fakes.trained == ["doubled__2__seed0", "doubled__2__seed1"]
-    assert fakes.configs["doubled__2__seed0"].train.init_from == str(tmp_path / "run/cells/phase_a__2__seed0")
-    with pytest.raises(ConfigError, match=r"no finished phase A there.*lacks phase_a__2__seed2"):
-        start(fakes, suite={**idea, "seeds": [0, 2]}, run="more", phase_a_from=str(tmp_path / "run"))
-    longer = {**idea, "phase_a": {"method": "supervised", "steps": 4}}
-    with pytest.raises(RunMismatchError, match=r"train\.steps: 3 there, 4 asked"):
-        start(fakes, suite=longer, run="longer", phase_a_from=str(tmp_path / "run"))
+    assert fakes.configs["doubled__2__seed0"].train.init_from == f"{there}/cells/phase_a__2__seed0"
+    dice = {r["row"]: float(r["mean"]) for r in read_csv(tmp_path / "idea/tables/summary.csv") if r["metric"] == "dice"}
+    assert dice == {"uamt_again": DICE["uamt"], "doubled": 0.65}  # read where it was finished
+
+    more = Fakes()
+    start(more, suite={**idea, "seeds": [0, 2]}, run="more", cells_from=there)
+    assert more.trained == [
+        "phase_a__2__seed2", "doubled__2__seed0", "uamt_again__2__seed2", "doubled__2__seed2",
+    ]  # fmt: skip
+
+
+def test_what_cells_from_cannot_mean(start: Callable[..., Any], tmp_path: Path) -> None:
+    there = str(tmp_path / "run")
+    start(Fakes(whole=True), rows=["supervised"], seeds=[0])
+    with pytest.raises(ConfigError, match=r"cells_from: no benchmark lives there"):
+        start(Fakes(), run="none", cells_from=str(tmp_path / "nowhere"))
+    longer = content(phase_a={"method": "supervised", "steps": 4})
+    with pytest.raises(ConfigError, match=r"cells_from: no finished cell of this suite there"):
+        start(Fakes(), suite=longer, run="longer", cells_from=there)
+    closer = content(evaluate={"overlap": 0.5})
+    with pytest.raises(ConfigError, match=r"another evaluate\.overlap .*0\.25 there, 0\.5 here"):
+        start(Fakes(), suite=closer, run="closer", cells_from=there)
 
 
 def test_phase_a_is_measured_where_asked(start: Callable[..., Any], tmp_path: Path) -> None:
@@ -463,8 +485,10 @@ def test_unknown_suites_and_parts() -> None:
     suite = parse_suite("mine", content())
     with pytest.raises(ConfigError, match=r"rows: the suite has no such entry \(got \['x'\]\); one or more of superv"):
         suite.select(rows=["x"], labelled=None, seeds=None)
-    with pytest.raises(ConfigError, match="seeds: the suite has no such entry"):
-        suite.select(rows=None, labelled=None, seeds=[])
+    assert suite.select(rows=None, labelled=None, seeds=[5, 3]).seeds == (5, 3)  # the suite's are what it says itself
+    for seeds in ([], [1, 1], [-1]):
+        with pytest.raises(ConfigError, match="seeds: not seeds"):
+            suite.select(rows=None, labelled=None, seeds=seeds)
 
 
 def test_shipped_suites() -> None:
@@ -502,7 +526,7 @@ def test_every_shipped_suite_parses_and_its_rows_compose() -> None:
         suite = load_suite(name).select(rows=None, labelled=None, seeds=[0])
         for subset in suite.labelled[-1:]:  # one is enough: composing takes time
             one = suite.select(rows=None, labelled=[subset], seeds=None)
-            cells = make_cells(one, config, subsets={subset: ("a",)})[1]
+            cells = make_cells(one, config, subsets={subset: ("a",)}, taken=lambda cell: cell)[1]
             assert [cell.row for cell in cells] == [row.name for row in suite.rows]
             assert len({recipe_hash(cell.config) for cell in cells}) == 1
     assert [row.method for row in load_suite("table1").rows] == list(METHOD_NAMES)

@@ -92,12 +92,13 @@ def test_store_is_valid_ome_zarr(tmp_path: Path, spacing_mm: Spacing | None) -> 
         names = ["annotation", "annotation_native"] if spacing_mm else ["annotation"]
         assert labels == (names if record.labelled else [])
     scan = cohort.scan("p")
-    assert scan.image.metadata.dimension_names == ("z", "y", "x")
-    assert scan.image.dtype == np.int16
+    image = zarr.open_array(f"{scan.path}/0", mode="r")
+    assert image.metadata.dimension_names == ("z", "y", "x")
+    assert image.dtype == np.int16
     if spacing_mm is None:
-        assert scan.image.shape == (20, 70, 30)
-        assert scan.image.chunks == (20, 64, 30)
-        assert scan.image.shards == (20, 128, 30)
+        assert image.shape == (20, 70, 30)
+        assert image.chunks == (20, 64, 30)
+        assert image.shards == (20, 128, 30)
 
 
 def test_scan_attributes_against_the_arrays(tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_opening_what_is_no_cohort(tmp_path: Path) -> None:
         Cohort.open(cohort.path)
     attrs = Path(cohort.path) / "zarr.json"
     attrs.write_text(attrs.read_text().replace('"format_version": 1', '"format_version": 99'))
-    with pytest.raises(DataError, match=r"not a cohort of this version \(got 99\)"):
+    with pytest.raises(DataError, match=r"not a cohort of this version \(got 99\).*install a newer distseg"):
         Cohort.open(cohort.path)
 
 

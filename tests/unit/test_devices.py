@@ -189,7 +189,7 @@ def step_on(device: torch.device, name: str, optimizer: Any) -> None:
     torch.manual_seed(0)
     student = UNet3D(num_classes=2, base_filters=2, levels=2, dropout_rate=0.2).to(device).train()
     learner = Learner(
-        student, make_teacher(student), optimizer(student.parameters()), FlatGradients(student.parameters())
+        student, make_teacher(student), optimizer(student.parameters()), FlatGradients(student.parameters(), slots=2)
     )
     settings = StepSettings(
         seed=0, batch_size=2, slots_per_pass=2, keyed=False, ema_decay=0.99, student_noise_sigma=0.02
@@ -203,7 +203,7 @@ def step_on(device: torch.device, name: str, optimizer: Any) -> None:
 @pytest.mark.parametrize("name", ["supervised", *SEMI_SUPERVISED])
 def test_a_step_asks_no_tensor_for_its_value(name: str) -> None:
     """On tensors without data whatever would wait for a GPU raises: item, bool, nonzero, a mask as an index."""
-    step_on(torch.device("meta"), name, lambda parameters: torch.optim.Adam(parameters, foreach=True))
+    step_on(torch.device("meta"), name, lambda parameters: torch.optim.RMSprop(parameters, foreach=True))
 
 
 @pytest.mark.gpu
@@ -236,7 +236,7 @@ def test_an_optimizer_keeps_its_moments_in_its_parameters_order() -> None:
         parameter = torch.nn.Parameter(weight.to(memory_format=layout).clone())
         settings = TrainRunConfig().optimizer
         optimizer = make_optimizer([parameter], settings)
-        FlatGradients([parameter])
+        FlatGradients([parameter], slots=2)
         for step in range(3):
             if step == 2:  # as if the state came from a run of the other layout
                 state = optimizer.state_dict()

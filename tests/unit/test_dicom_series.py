@@ -198,7 +198,7 @@ def test_a_codec_without_decoder_names_the_extra(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(dicom_file, "get_decoder", lambda _syntax: Without)
     write.series(tmp_path, stored())
-    with pytest.raises(DataError, match=r"IM0000\.dcm: no decoder for its transfer syntax .*'distseg\[dicom\]'"):
+    with pytest.raises(DataError, match=r"IM0000\.dcm: no decoder for its transfer syntax .*'distseg\[io\]'"):
         read(tmp_path)
 
 

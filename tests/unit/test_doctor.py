@@ -80,6 +80,12 @@ WITHOUT_RAY = {name: value for name, value in VERSIONS.items() if name != "ray"}
         ),
         (checks.check_devices([node(cpu_limit=2.0)], gpus_per_worker=0), "warn", "2 of 8 on a"),
         (checks.check_faiss([node()]), "ok", "exact search 20 us"),
+        (
+            checks.check_reader([node("a", reader="tensorstore"), node("b")]),
+            "ok",
+            "read by zarr-python on b (distseg[io]",
+        ),
+        (checks.check_reader([node(reader="tensorstore")]), "ok", "read by TensorStore"),
         (checks.check_faiss([node(faiss=FaissReport(()))]), "ok", "runs in torch"),
         (
             checks.check_faiss([node(), node("b", faiss=FaissReport(("faiss-cpu 1", "faiss-gpu 1"), importable=True))]),

@@ -8,7 +8,14 @@ import pytest
 
 import distseg.config.checks
 import distseg.errors
-from distseg.errors import ConfigError, DistsegError, FinishedWithFailures, InputError, NonFiniteLossError
+from distseg.errors import (
+    ConfigError,
+    DistsegError,
+    FinishedWithFailures,
+    InputError,
+    NonFiniteLossError,
+    WorkersLostError,
+)
 
 
 def _all_kinds(kind: type[DistsegError] = DistsegError) -> list[type[DistsegError]]:
@@ -19,7 +26,8 @@ def _all_kinds(kind: type[DistsegError] = DistsegError) -> list[type[DistsegErro
 # Arguments for the kinds whose constructor differs from InputError's and the base's.
 SPECIAL = {
     FinishedWithFailures: (("two done", [("a", "bad"), ("b", "worse")]),),
-    NonFiniteLossError: ((7, ["loss_nn"], ["scan_1", "scan_2"]), (1, [], ["scan_1"])),
+    NonFiniteLossError: ((7, 5, "loss_nn not finite on scan_1, scan_2"),),
+    WorkersLostError: (([1], "it hangs"), ([0, 3], "they hang")),
 }
 
 
@@ -46,7 +54,7 @@ def test_pickle_round_trip(error: DistsegError) -> None:
 
 def test_every_kind_is_covered_and_has_a_documented_exit_code() -> None:
     codes = {kind.__name__: kind.exit_code for kind in _all_kinds()}
-    assert codes.pop("DistsegError") == codes.pop("NonFiniteLossError") == 1
+    assert codes.pop("DistsegError") == codes.pop("NonFiniteLossError") == codes.pop("WorkersLostError") == 1
     assert codes.pop("FinishedWithFailures") == 3
     assert codes
     assert set(codes.values()) == {2}

@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 import torch
 
+from distseg.config.schema import NetworkConfig
 from distseg.data.cohort import Cohort
 from distseg.data.formats import NiftiImage
+from distseg.data.intensity import Intensity
 from distseg.errors import DataError, FinishedWithFailures, InputError
 from distseg.inference import whole_scan
+from distseg.inference.model import ModelInfo
 from distseg.work import evaluate as evaluate_module
 from distseg.work.evaluate import evaluate_run
 from distseg.work.executor import LocalExecutor
@@ -50,7 +53,10 @@ class Hundredth:
 
 
 def fake_model(run: str) -> Any:
-    info = SimpleNamespace(class_names=("background", "bone"), step=40, checkpoint="last", method="embedding_matching")
+    info = ModelInfo(
+        ("background", "bone"), "CT", (3.0, 2.0, 1.0), (6, 8, 8), NetworkConfig(), Intensity("per_scan"),
+        "embedding_matching", 0.5, 40, "last", whole=("bone",),
+    )  # fmt: skip
     return SimpleNamespace(
         networks={"student": Bright(4.0), "teacher": Bright(6.0)},
         patch_zyx=(6, 8, 8),
@@ -111,7 +117,7 @@ def run(tmp_path: Path) -> str:
 
 
 def evaluate(run: str, cohort: str, **changes: Any) -> dict[str, Any]:
-    options = {"split": "val", "name": "val", "network": "student", "overlap": 0.5}
+    options = {"split": "val", "name": "val", "network": "student", "overlap": 0.5, "components": "model"}
     return evaluate_run(run=run, cohort=cohort, executor=LocalExecutor(1), progress=False, **{**options, **changes})
 
 
@@ -172,7 +178,7 @@ def test_a_scan_that_fails_is_listed_and_the_rest_is_written(
     run: str, cohort: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail_on_b(*args: Any, **kwargs: Any) -> Any:
-        if args[1].shape[2] and Path(str(args[1].store_path)).parts[-2] == "b":
+        if args[1].shape[2] and Path(args[1].path).parts[-2] == "b":
             raise DataError("damaged chunk")
         return whole_scan.segment_scan(*args, **kwargs)
 
@@ -219,13 +225,13 @@ def test_no_model_and_other_classes_are_refused(
 
 
 def test_tasks_can_cross_process_borders(cohort: str) -> None:
-    task = evaluate_module._Task("run", "print", Cohort.open(cohort).scan("a"), "student", 0.5, 1)
+    task = evaluate_module._Task("run", "print", Cohort.open(cohort).scan("a"), "student", 0.5, "model", 1)
     assert pickle.loads(pickle.dumps(task)).scan.scan_id == "a"
     assert pickle.loads(pickle.dumps(evaluate_module._measure_scan)) is evaluate_module._measure_scan
 
 
 def predict(run: str, source: Path, output: Path, **changes: Any) -> Any:
-    options = {"network": "student", "overlap": 0.5, **changes}
+    options = {"network": "student", "overlap": 0.5, "components": "model", **changes}
     return predict_files(
         run=run, input=str(source), output=str(output), executor=LocalExecutor(1), progress=False, **options
     )
@@ -243,6 +249,38 @@ def test_masks_lie_in_the_inputs_own_grid(run: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(mask.dataobj), scan_arrays(seed)[1])
         np.testing.assert_array_equal(mask.affine, AFFINE)
         assert mask.get_data_dtype() == np.uint8
+
+
+def test_masks_and_measures_keep_the_largest_component(run: str, cohort: str, tmp_path: Path) -> None:
+    """The model says that bone is one piece; `components=all` shows what the network said."""
+    image, mask = scan_arrays(0)
+    island = np.zeros_like(mask)
+    island[8:10, 1, 1:3] = 1
+    save(tmp_path / "in" / "a.nii.gz", np.where(island, 700, image))
+    for components, expected in (("model", mask), ("all", mask + island)):
+        predict(run, tmp_path / "in", tmp_path / components, components=components)
+        written = np.asarray(nib.load(tmp_path / components / "a.nii.gz").dataobj)
+        np.testing.assert_array_equal(written, expected)
+    with pytest.raises(InputError, match=r"made otherwise|another model|not on record|other"):
+        predict(run, tmp_path / "in", tmp_path / "model", components="all")
+
+
+def test_evaluate_measures_the_masks_of_predict(run: str, tmp_path: Path) -> None:
+    image, mask = scan_arrays(0)
+    island = np.zeros_like(mask)
+    island[8:10, 1, 1:3] = 1
+    save(tmp_path / "raw" / "imagesTr" / "a_0000.nii.gz", np.where(island, 700, image))
+    save(tmp_path / "raw" / "labelsTr" / "a.nii.gz", mask)
+    (tmp_path / "raw" / "splits.json").write_text(json.dumps({"train": [], "val": ["a"]}))
+    description = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "bone": 1}, "file_ending": ".nii.gz"}
+    (tmp_path / "raw" / "dataset.json").write_text(json.dumps(description))
+    made = str(tmp_path / "islands.zarr")
+    ingest_cohort(source=str(tmp_path / "raw"), cohort=made, executor=LocalExecutor(1), progress=False)
+    dice = 2 * mask.sum() / (2 * mask.sum() + island.sum())
+    for components, expected in (("model", 1.0), ("all", dice)):
+        metrics = evaluate(run, made, components=components)
+        assert metrics["mean"]["dice"]["mean"] == pytest.approx(expected)
+        assert metrics["largest_component"]["mean"]["dice"]["mean"] == 1.0
 
 
 def test_one_file_to_one_file_and_no_clobbering(run: str, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder.parent)
 
 
-def write_model(folder: Path, intensity: Intensity) -> None:
+def write_model(folder: Path, intensity: Intensity, whole: tuple[str, ...] = ()) -> None:
     config = NetworkConfig(base_filters=2, levels=3)
     networks = {}
     for seed, name in enumerate(("student", "teacher")):
@@ -57,6 +57,7 @@ def write_model(folder: Path, intensity: Intensity) -> None:
         threshold_nats=0.5,
         step=7,
         checkpoint="last",
+        whole=whole,
     )
     save_model(folder, info, networks)
 
@@ -123,7 +124,7 @@ def test_onnx_gives_the_networks_logits(run: str, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize("kind", ["ct", "per_scan"])
 def test_the_bundles_masks_are_those_of_predict(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     intensity = Intensity("ct", -100.0, 300.0, 40.0, 90.0) if kind == "ct" else Intensity("per_scan")
-    write_model(tmp_path / "run" / "model", intensity)
+    write_model(tmp_path / "run" / "model", intensity, whole=("femur",))
     names = write_images(tmp_path / "images")
     ours, theirs, bundle = tmp_path / "ours", tmp_path / "theirs", tmp_path / "bundle"
     distseg.predict(run=tmp_path / "run", input=tmp_path / "images", output=ours, progress=False)

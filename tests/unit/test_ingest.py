@@ -265,7 +265,7 @@ def test_killed_while_writing_leaves_no_half_scan(tmp_path: Path, monkeypatch: p
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert, "_write_samples", killed)
+    monkeypatch.setattr(convert, "write_samples", killed)
     with pytest.raises(KeyboardInterrupt):
         ingest(source, path)
     assert Cohort.open(path) == before

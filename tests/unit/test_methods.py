@@ -92,8 +92,8 @@ def new_learner(num_classes: int = 2, method: Method | None = None) -> Learner:
     parameters = list(student.parameters())
     if heads is not None:
         parameters += heads.double().train().parameters()
-    optimizer = torch.optim.Adam(parameters, lr=1e-2)
-    return Learner(student, make_teacher(student), optimizer, FlatGradients(parameters), heads)
+    optimizer = torch.optim.Adam(parameters, lr=1e-2, fused=True)
+    return Learner(student, make_teacher(student), optimizer, FlatGradients(parameters, slots=4), heads)
 
 
 def settings(**more: Any) -> StepSettings:

@@ -131,12 +131,12 @@ def test_largest_component_per_class() -> None:
     mask[3, 5, 8] = 1  # an island
     mask[0, 5, 0:3] = 2  # class 2: three voxels
     mask[0, 5, 5:7] = 2  # and an island of two
-    kept = metrics.largest_components(mask, num_classes=4)
+    kept = metrics.largest_components(mask, values=(1, 2, 3))
     expected = mask.copy()
     expected[3, 5, 8] = 0
     expected[0, 5, 5:7] = 0
     np.testing.assert_array_equal(kept, expected)
-    assert not metrics.largest_components(np.zeros_like(mask), num_classes=4).any()
+    assert not metrics.largest_components(np.zeros_like(mask), values=(1, 2, 3)).any()
 
 
 def row(scan_id: str, class_name: str, component: str, dice: float | None, status: str = "found") -> metrics.ScoreRow:

@@ -19,7 +19,13 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Distribution name -> the module it brings, where the two differ.
-MODULES = {"hydra-core": "hydra", "PyYAML": "yaml", "faiss-cpu": "faiss", "faiss-gpu": "faiss"}
+MODULES = {
+    "hydra-core": "hydra",
+    "PyYAML": "yaml",
+    "faiss-cpu": "faiss",
+    "faiss-gpu": "faiss",
+    "universal-pathlib": "upath",
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +87,7 @@ def test_constraints_pin_a_version_in_range_for_every_dependency() -> None:
     lines = [line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
     pins = {canonicalize_name(name): version for name, version in lines}
     wanted = PROJECT["dependencies"] + [
-        line for extra in ("cpu", "dev") for line in PROJECT["optional-dependencies"][extra]
+        line for extra in ("cpu", "io", "remote", "dev") for line in PROJECT["optional-dependencies"][extra]
     ]
     for line in wanted:
         requirement = Requirement(line)

@@ -42,6 +42,7 @@ def _fake_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         spacing_mm=(3.0, 2.0, 1.5),
         class_names=("background", "bone"),
         intensity=Hundredth(),
+        info=SimpleNamespace(whole_values=lambda _components: ()),
     )
     monkeypatch.setattr(whole_scan, "load_model", lambda _run: model)
     whole_scan.cached_model.cache_clear()
@@ -63,6 +64,7 @@ def predict(run: str, source: Path, output: Path) -> PredictReport:
         output=str(output),
         network="student",
         overlap=0.5,
+        components="model",
         executor=LocalExecutor(1),
         progress=False,
     )

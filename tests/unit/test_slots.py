@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from distseg.config.compose import train_config
 from distseg.config.schema import ReferencesConfig
+from distseg.data.arrays import StoredArray
 from distseg.data.augment import LEFT_RIGHT, Augmentation, lateral_classes
 from distseg.data.batch import collate
 from distseg.data.cohort import Cohort
@@ -457,3 +458,27 @@ def test_references_are_drawn_by_key(cohort_path: str) -> None:
     alone = Feed(sampler(reader(cohort_path)), slots=(1,), **arguments).batch(4)
     assert torch.equal(together.reference_index[1:], alone.reference_index)
     assert alone.reference_index.shape == (1, 3, 8)
+
+
+def test_training_touches_patches_alone(cohort_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without memory for volumes, no read of any step is larger than the patch, and unlabelled scans' labels are not
+    opened: positions come from stored samples."""
+    reads: list[tuple[str, tuple[int, ...]]] = []
+    read = StoredArray.__getitem__
+
+    def noted(self: StoredArray, selection: Any, /) -> np.ndarray:
+        values = read(self, selection)
+        if "/samples/" not in self.path:
+            reads.append((self.path, values.shape))
+        return values
+
+    monkeypatch.setattr(StoredArray, "__getitem__", noted)
+    source = sampler(reader(cohort_path, memory_nbytes=0), patch_zyx=(6, 5, 4))
+    for step in range(1, 30):
+        source.labelled_patch(step, 0)
+        source.unlabelled_patch(step, 0)
+    assert len(reads) > 60
+    assert all(n <= most for _, shape in reads for n, most in zip(shape, (6, 5, 4), strict=True))
+    opened = {path.split("/")[-4] for path, _ in reads if path.endswith("labels/annotation/0")}
+    assert opened
+    assert opened <= set(LABELLED)

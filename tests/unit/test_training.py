@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from distseg.config.compose import train_config
 from distseg.config.schema import TrainRunConfig
 from distseg.data.patches import PatchReader
+from distseg.data.slots import SlotSampler
 from distseg.distributed import train as on_ray
 from distseg.errors import ConfigError, DataError, NonFiniteLossError, RunMismatchError
 from distseg.inference.model import load_model
@@ -31,6 +32,7 @@ from distseg.matching.bank import load_bank
 from distseg.training import checkpoint as checkpoint_module
 from distseg.training import doubt, loop
 from distseg.training.alarms import Alarms, alarm_text, sounded
+from distseg.training.checkpoint import Checkpoint, load_checkpoint
 from distseg.training.local import train_local
 from distseg.training.loop import TrainResult, train_rank
 from distseg.training.profile import PARTS
@@ -250,7 +252,7 @@ def test_torch_distributed_is_a_communicator(tmp_path: Path) -> None:
 def test_flat_gradients() -> None:
     """Gradients are views of one buffer, so one sum over ranks sums them all, with the logged numbers behind."""
     parameters = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))]
-    gradients = FlatGradients(parameters)
+    gradients = FlatGradients(parameters, slots=2)
     (parameters[0].sum() * 2 + parameters[1].sum() * 3).backward()
 
     class Twice(SingleProcess):
@@ -458,7 +460,7 @@ def test_alarms_by_hand() -> None:
         row = {**quiet, **change, "step": 9}
         alarms = Alarms([row] * 23)
         assert (alarms.of(row), alarms.of(row)) == ({}, expected)
-        assert all(alarm_text(name, row).startswith("step 9: ") for name in expected)
+        assert all(alarm_text(name, [row]).startswith("step 9: ") for name in expected)
     # Of a whole run, in words: means over the steps that sounded.
     course = [
         {**quiet, "step": 1},
@@ -472,6 +474,18 @@ def test_alarms_by_hand() -> None:
     assert sounded(course[:1]) == sounded([]) == []
     # A mean over the window: one wild step is no alarm.
     assert Alarms([quiet] * 24).of({**quiet, "foreground_matched": 0.7}) == {}
+    # Each matched voxel counts the same, and a handful of them is no flood.
+    many, few = (
+        {**quiet, "coverage_matched": covered, "foreground_matched": share}
+        for covered, share in ((0.01, 0.4), (0.001, 1.0))
+    )
+    assert Alarms([few] * 23 + [many]).of(many) == {"alarm_matched_flood": 1}  # (23 x .001 + 2 x .004) / (.023 + .02)
+    assert Alarms([few] * 13 + [many] * 11).of(many) == {}
+    handful = {**quiet, "coverage_matched": 0.00009, "foreground_matched": 1.0}
+    assert Alarms([handful] * 24).of(handful) == {}
+    assert "64% of the voxels the teacher is unsure of" in alarm_text(
+        "alarm_matched_flood", [few, {**many, "foreground_matched": 0.6, "step": 3}]
+    )
 
 
 # The contract of metrics.jsonl
@@ -845,31 +859,115 @@ def test_launcher_local(cohort_path: str, tmp_path: Path, monkeypatch: pytest.Mo
         train_local(two)
 
 
-def test_a_loss_that_explodes_names_its_step(cohort_path: str, tmp_path: Path) -> None:
-    settings = config(cohort_path, tmp_path / "run", method="supervised", optimizer__lr=10.0, train__steps=3)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_step_that_is_not_finite_is_skipped(
+    cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    """Its scans are named whichever rank saw them; the student stays as it was, and so do Adam's moments."""
+    settings = config(
+        cohort_path, tmp_path / "run", checkpoint__every_steps=1, checkpoint__keep=9, resources__workers=world_size
+    )
+    cut, seen = SlotSampler.unlabelled_patch, []
+
+    def broken(sampler: SlotSampler, step: int, slot: int, **more: Any) -> Any:
+        patch = cut(sampler, step, slot, **more)
+        if (step, slot) == (3, 1):
+            patch.image[0, 0, 0] = math.nan
+            seen.append(f"{sampler.labelled_patch(step, slot).scan_id}+{patch.scan_id}")
+        return patch
+
+    monkeypatch.setattr(SlotSampler, "unlabelled_patch", broken)
+    train_on(world_size, settings, monkeypatch)
+    rows = rows_of(tmp_path / "run")
+    assert [("not_finite" in row, row.get("alarm_not_finite")) for row in rows] == [
+        (step == 3, 1 if step == 3 else None) for step in range(1, 6)
+    ]
+    assert rows[2]["not_finite"] == f"loss_ua, loss_nn, loss_en not finite on {seen[0]}"
+    assert rows[2]["loss"] is None
+    before, after = (load_checkpoint(tmp_path / f"run/checkpoints/step_000000{step}") for step in (2, 3))
+    assert all(torch.equal(before.student[name], after.student[name]) for name in before.student)
+    assert before.optimizer["state"][0]["step"] == after.optimizer["state"][0]["step"] == 2
+    assert not all(torch.equal(before.student[n], load_newest_of(tmp_path / "run").student[n]) for n in before.student)
+    (sounding,) = sounded(rows)
+    assert (sounding.name, sounding.when) == ("alarm_not_finite", "at 1 of 5 steps, from 3 to 3")
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(
+    cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(cohort_path, tmp_path / "run", method="supervised", train__steps=3)
+    sums = FlatGradients.sum_over_ranks
+
+    def broken(gradients: FlatGradients, *arguments: Any) -> Any:
+        gradients._gradients[7] = math.inf
+        return sums(gradients, *arguments)
+
+    monkeypatch.setattr(FlatGradients, "sum_over_ranks", broken)
+    reporter = Quiet()
+    train(settings, reporter)
+    rows = rows_of(tmp_path / "run")
+    assert all(re.match(r"the gradient not finite on [a-f]\+[a-f]", row["not_finite"]) for row in rows)
+    assert all(math.isfinite(row["loss"]) for row in rows)
+
+
+def test_a_run_that_is_not_finite_any_more_stops(cohort_path: str, tmp_path: Path) -> None:
+    """After so many steps in a row, with a checkpoint from before."""
+    settings = config(
+        cohort_path, tmp_path / "run", method="supervised", train__steps=9, train__stop_after_skipped=3,
+        checkpoint__every_steps=2,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, Quiet(interrupt_at=3))
     start = loop.start_session
 
     def broken(*arguments: Any) -> Any:
         session = start(*arguments)
-        with torch.no_grad():
-            session.learner.student.head.weight.fill_(math.inf)
+        session.feed._sampler._augmentation = BREAKS
         return session
 
-    open_run(settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "start_session", broken)
         with pytest.raises(
-            NonFiniteLossError, match=r"step 1: loss_supervised is not finite on [a-f]\+[a-f], [a-f]\+[a-f]"
+            NonFiniteLossError,
+            match=r"^step 5: loss_supervised not finite on [a-f]\+[a-f](, [a-f]\+[a-f])?; 3 steps in a row",
         ):
             train_rank(settings, communicator=SingleProcess(), reporter=Quiet())
-    assert not list((tmp_path / "run/checkpoints").glob("step_*"))
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    kept = [load_checkpoint(folder) for folder in sorted((tmp_path / "run/checkpoints").glob("step_*"))]
+    assert [checkpoint.step for checkpoint in kept] == [2, 4]
+    assert all(torch.equal(kept[0].student[name], kept[1].student[name]) for name in kept[0].student)
+
+
+def BREAKS(image: np.ndarray, label: Any, rng: Any) -> Any:  # noqa: N802  # in the place of an augmentation
+    return np.full_like(image, np.inf), label
+
+
+def load_newest_of(run: Path) -> Checkpoint:
+    return load_checkpoint(newest(run))
+
+
+def test_checkpoints_by_the_clock(cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's clock alone decides, at every tenth step; a run resumed from such a one is the run."""
+    more = {"train__steps": 25, "checkpoint__every_steps": 100, "checkpoint__keep": 9}
+    train_on(2, config(cohort_path, tmp_path / "whole", **more, resources__workers=2), monkeypatch)
+    assert [p.name for p in (tmp_path / "whole/checkpoints").iterdir()] == ["step_0000025"]
+    settings = config(cohort_path, tmp_path / "run", **more, checkpoint__every_minutes=0.0, resources__workers=2)
+    train_on(2, settings, monkeypatch)
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [
+        "step_0000010", "step_0000020", "step_0000025",
+    ]  # fmt: skip
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    shutil.rmtree(tmp_path / "run/checkpoints/step_0000025")
+    train_on(2, settings, monkeypatch)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_notes_reach_the_reporter(cohort_path: str, tmp_path: Path) -> None:
     """A patch larger than a scan is padded, and the run says so."""
     reporter = Quiet()
     train(config(cohort_path, tmp_path / "run", sampling__patch_zyx=[24, 8, 8], train__steps=1), reporter)
-    assert reporter.notes == ["8 of 8 scans are smaller than a patch and are padded"]
+    assert reporter.notes[-1] == "8 of 8 scans are smaller than a patch and are padded"
+    assert "largest component of hip, femur, each in one piece in 6 labelled scans" in reporter.notes[0]
 
 
 def test_a_patch_that_shrinks_to_one_voxel_is_refused(cohort_path: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_file_meta_info
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import iter_pixels, pixel_array
@@ -39,8 +39,9 @@ from distseg.errors import DataError, DistsegError
 SUFFIXES = (".dcm", ".dicom", ".ima")  # files that must be DICOM; others are where they begin as one
 # What pydicom 3 and its decoders raise on damaged files: they check little and let Python's own errors through.
 DAMAGE = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, NotImplementedError, OSError,
-    RuntimeError, TypeError, ValueError, struct.error, InvalidDicomError,
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError,
+    NotImplementedError, OSError, RuntimeError, TypeError, ValueError, struct.error, BytesLengthException,
+    InvalidDicomError,
 )  # fmt: skip
 # Pillow's decoders are fuzzed and refuse pictures beyond a size: for what they know they come before gdcm's.
 BY_PILLOW = (JPEG2000, JPEG2000Lossless, JPEGBaseline8Bit)
@@ -139,5 +140,5 @@ def _check_decoder(path: Path, syntax: UID) -> None:
         except NotImplementedError:
             available = False
     if not available:
-        fix = "pip install 'distseg[dicom]' (JPEG lossless and JPEG-LS), or convert it by gdcmconv --raw"
+        fix = "pip install 'distseg[io]' (JPEG lossless and JPEG-LS), or convert it by gdcmconv --raw"
         raise DataError("no decoder for its transfer syntax", where=path.name, value=syntax.name, fix=fix)

@@ -1,0 +1,109 @@
+"""Where a cohort lies: a folder of this file system, or what an fsspec URL names (s3://bucket/cohort.zarr).
+
+A place behind a URL is a universal_pathlib.UPath, which has the calls of pathlib.Path that are used here; it is typed
+as one. What a file system does by renaming, an object store does by putting one whole object: `write_text` is atomic on
+both. How to reach a store (keys, endpoint) is the backend's business: its environment, fsspec's configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, cast
+
+from distseg.errors import InputError
+
+
+def is_url(path: str | Path) -> bool:
+    return "://" in str(path)
+
+
+def as_place(path: str | Path) -> Path:
+    """The path, absolute where it is local. Raises InputError for a URL that nothing here can read."""
+    if not is_url(path):
+        return Path(path).expanduser().absolute()
+    try:
+        from upath import UPath
+
+        return cast("Path", UPath(str(path).rstrip("/"), use_listings_cache=False))  # others write too
+    except (ImportError, ValueError) as error:
+        fix = "pip install 'distseg[remote]', for S3, or the fsspec package of the URL's protocol; or give a local path"
+        raise InputError(
+            "URL that cannot be read here", where="cohort", value=path, rule=str(error), fix=fix
+        ) from error
+
+
+def reachable(path: str | Path) -> Path:
+    """`as_place`, after a look at it. Raises InputError for a store that does not answer, or not to us."""
+    place = as_place(path)
+    if is_url(path):
+        try:
+            place.exists()
+        except Exception as error:  # every backend of fsspec has errors of its own, without a common base
+            why = f"{type(error).__name__}: {error}"[:300]
+            fix = "check the URL, the keys and the endpoint in the environment"
+            raise InputError("storage cannot be reached", where="cohort", value=path, rule=why, fix=fix) from error
+    return place
+
+
+def join(path: str, *names: str) -> str:
+    return "/".join((path.rstrip("/"), *names))
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file anew, atomically."""
+    if is_url(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def create_text(path: Path, text: str) -> None:
+    """A new file that only its owner reads. Raises FileExistsError where there is one; whole, or not at all."""
+    if is_url(path):
+        store: Any = path
+        store.fs.pipe_file(store.path, text.encode(), mode="create")
+        return
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def folders(path: Path) -> list[Path]:
+    """Those directly below, by name: one listing, whatever lies behind it."""
+    if not is_url(path):
+        return sorted(entry for entry in path.iterdir() if entry.is_dir())
+    store: Any = path
+    store.fs.invalidate_cache()
+    listed = store.fs.ls(store.path, detail=True)
+    return [path / entry["name"].rsplit("/", 1)[-1] for entry in listed if entry["type"] == "directory"]
+
+
+def remove_folder(path: Path) -> None:
+    """With all that is in it, if it is there."""
+    if is_url(path):
+        store: Any = path
+        store.fs.invalidate_cache()
+        if store.fs.exists(store.path):
+            store.fs.rm(store.path, recursive=True)
+    else:
+        shutil.rmtree(path)
+
+
+def upload(folder: Path, to: Path) -> None:
+    """All files of a local folder."""
+    store: Any = to
+    store.fs.put(f"{folder}/", f"{store.path}/", recursive=True)
+    store.fs.invalidate_cache()

@@ -1,0 +1,204 @@
+"""A cohort behind a URL, in fsspec's memory and (slow) in a real S3 server, holds what a local one holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+import distseg
+from distseg.data import publish
+from distseg.data.cohort import Cohort
+from distseg.data.intensity import Intensity
+from distseg.data.patches import PatchReader
+from distseg.data.place import as_place, create_text
+from distseg.errors import ConfigError, DataError, InputError
+from distseg.work import url_owner
+from distseg.work.cohort_actions import list_cohort, remove_scan, repair_cohort
+from distseg.work.url_owner import owning_url
+from tests.unit.test_ingest import image_file, ingest, labelled_source
+
+
+@pytest.fixture
+def in_memory() -> Iterator[str]:
+    fsspec.filesystem("memory").store.clear()
+    yield "memory://bucket/c.zarr"
+    fsspec.filesystem("memory").store.clear()
+
+
+def check_against_local(source: Path, url: str, path: Path) -> None:
+    """Index, attributes and voxels of the cohort at `url` are those of one ingested to `path`."""
+    local, remote = Cohort.open(path), Cohort.open(url)
+    assert (local.records, local.classes, local.channel_names) == (remote.records, remote.classes, remote.channel_names)
+    assert list_cohort(url) == list_cohort(str(path))
+    for record in local.records:
+        one, other = local.scan(record.scan_id), remote.scan(record.scan_id)
+        assert one.attrs == other.attrs
+        assert np.array_equal(one.image[...], other.image[...])
+        assert np.array_equal(one.body_samples, other.body_samples)
+        assert (one.annotation is None) == (other.annotation is None)
+        if one.annotation is not None and other.annotation is not None:
+            assert np.array_equal(one.annotation[...], other.annotation[...])
+    readers = [
+        PatchReader(cohort, spacing_mm=(2.0, 2.0, 2.0), intensity=Intensity("CT", -900, 900, 0, 1), memory_nbytes=0)
+        for cohort in (local, remote)
+    ]
+    first, second = (reader.image("a", (-1, 0, 1), (4, 4, 4)) for reader in readers)
+    assert np.array_equal(first, second)
+
+
+def check_life(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that ingest and cohort do, against a local cohort that has been through the same."""
+    source, path = labelled_source(tmp_path / "s", ("a", "b", "c")), tmp_path / "c.zarr"
+    assert ingest(source, path).added == ingest(source, url).added == ["a", "b", "c"]
+    check_against_local(source, url, path)
+    image_file(source / "imagesTr/b_0000.nii.gz", seed=9)  # a changed file is noticed by its hash
+    (source / "labelsTr/c.nii.gz").unlink()
+    for place in (path, url):
+        report = ingest(source, place)
+        assert (report.added, report.skipped) == (["b", "c"], ["a"])
+        remove_scan(str(place), scan="a")
+    assert Cohort.open(url).scan("c").annotation is None
+    assert not as_place(f"{url}/c/labels").exists()
+    for place in (path, url):
+        ingest(source, place)
+    check_against_local(source, url, path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    image_file(source / "imagesTr/d_0000.nii.gz", seed=3)
+    monkeypatch.setattr(publish, "upload", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(source, url)
+    monkeypatch.undo()
+    assert len(Cohort.open(url).records) == 3
+    assert (as_place(url) / "d/zarr.json").exists()  # it says that it is not complete
+    assert repair_cohort(url).dropped == ["d"]
+    assert ingest(source, url).added == ingest(source, path).added == ["d"]
+    check_against_local(source, url, path)
+    as_place(url.replace(".zarr", ".index.jsonl")).unlink()
+    with pytest.raises(DataError, match="index is missing"):
+        Cohort.open(url)
+    assert repair_cohort(url).scans == 4
+    check_against_local(source, url, path)
+
+
+def test_a_cohort_in_memory_is_a_local_one(tmp_path: Path, in_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_life(tmp_path, in_memory, monkeypatch)
+
+
+def test_one_writer_at_a_time_behind_a_url(in_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(url_owner, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(url_owner, "LAPSE_S", 0.6)
+    lock = as_place("memory://bucket/c.lock")
+    with owning_url(lock, what="cohort", name="c"):
+        begun = time.monotonic()
+        with pytest.raises(InputError, match=rf"another process writes this cohort \(got process {os.getpid()} on "):
+            owning_url(lock, what="cohort", name="c").__enter__()
+        assert time.monotonic() - begun < 0.5
+    assert not lock.exists()
+    silent = {"host": "elsewhere", "pid": 1, "token": "t", "count": 7}
+    create_text(lock, json.dumps(silent))
+    with owning_url(lock, what="cohort", name="c"):  # its count stood still
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    lock.write_text(json.dumps({**silent, "host": url_owner.socket.gethostname(), "pid": dead.pid}))
+    begun = time.monotonic()
+    with owning_url(lock, what="cohort", name="c"):
+        assert time.monotonic() - begun < 0.5
+    assert threading.active_count() < 20
+
+
+def test_urls_that_cannot_be_read(tmp_path: Path, in_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"cohort: URL that cannot be read here \(got nosuch://x/c.zarr\)"):
+        Cohort.open("nosuch://x/c.zarr")
+    with pytest.raises(InputError, match="no cohort there"):
+        Cohort.open(in_memory)
+    with pytest.raises(ConfigError, match=r"run: not a local path \(got s3://b/run\).*only cohort= may be a URL"):
+        distseg.train(cohort=str(tmp_path), run="s3://b/run", overrides={"launcher": "local"})
+    monkeypatch.setitem(sys.modules, "upath", None)
+    with pytest.raises(InputError, match=r"URL that cannot be read here.*pip install 'distseg\[remote\]'"):
+        Cohort.open(in_memory)
+
+
+@pytest.fixture(scope="module")
+def s3_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket of moto's server, in a process of its own; the address and keys are in the environment."""
+    pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    pytest.importorskip("s3fs", reason="the extra remote is not installed")
+    log = tmp_path_factory.mktemp("s3") / "log"
+    with log.open("wb") as file:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"], stdout=file, stderr=file
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            address = _address(log, server)
+            for name, value in {
+                "AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "k",
+                "AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1",
+            }.items():  # fmt: skip
+                patch.setenv(name, value)
+            fsspec.filesystem("s3").mkdir("bucket")
+            yield "s3://bucket"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _address(log: Path, server: subprocess.Popen[bytes]) -> str:
+    """Where the server says that it listens, once it answers."""
+    for _ in range(600):
+        assert server.poll() is None, log.read_text()
+        words = [word for word in log.read_text().split() if word.startswith("http://127.0.0.1:")]
+        if words:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{words[0]}/moto-api/") as answer:
+                assert answer.status == 200
+            return words[0]
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+@pytest.mark.slow
+def test_a_cohort_in_s3_is_a_local_one(tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_life(tmp_path, f"{s3_bucket}/sub/c.zarr", monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_from_s3(tmp_path: Path, s3_bucket: str) -> None:
+    """ingest, cohort, train and evaluate, each a process of its own with two workers, as users do."""
+    source, url = labelled_source(tmp_path / "s", ("a", "b", "c")), f"{s3_bucket}/c.zarr"
+    (source / "splits.json").write_text(json.dumps({"train": ["a", "b"], "val": ["c"]}))
+    small = [
+        "launcher=local", "preset=small", "method=supervised", "train.steps=2", "train.batch_size=1",
+        "sampling.patch_zyx=[8,8,8]", "network.base_filters=2", "network.levels=2", "train.validation_patches=2",
+        f"cohort={url}", f"run={tmp_path / 'run'}",
+    ]  # fmt: skip
+    assert distseg_command("ingest", f"source={source}", f"cohort={url}", "resources.workers=2", "launcher=local") == 0
+    assert distseg_command("cohort", f"cohort={url}") == 0
+    assert distseg_command("train", *small) == 0
+    evaluate = ("evaluate", f"run={tmp_path / 'run'}", f"cohort={url}", "split=val", "launcher=local")
+    assert distseg_command(*evaluate) == 0
+    metrics: dict[str, Any] = json.loads((tmp_path / "run/evaluation/val/metrics.json").read_text())
+    assert metrics["scans"] == 1
+    assert distseg_command("cohort", "cohort=s3://nobucket/c.zarr") == 2
+
+
+def distseg_command(*words: str) -> int:
+    done = subprocess.run([sys.executable, "-m", "distseg.cli", *words], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    print(words, done.returncode, done.stdout, done.stderr)  # shown where a test fails
+    return done.returncode
