@@ -27,6 +27,9 @@ from distseg.config.schema import TrainRunConfig
 from distseg.errors import DataError, RunMismatchError
 from distseg.training.plan import Plan
 
+# libyaml's where PyYAML was built with it: a plan of 100 000 scans takes Python's own a minute.
+_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+_DUMPER = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
 FORMAT = 1
 _TAIL_NBYTES = 16_384  # holds several lines
 
@@ -51,7 +54,7 @@ class RunDirectory:
         if not self.config_file.exists():
             return None
         try:
-            content = yaml.safe_load(self.config_file.read_text())
+            content = yaml.load(self.config_file.read_text(), Loader=_LOADER)
             if content["format"] != FORMAT:
                 raise DataError("run of another format", where=self.config_file, value=content["format"])
             return StoredRun(from_plain(content["config"], TrainRunConfig), Plan.from_plain(content["plan"]))
@@ -87,7 +90,7 @@ class RunDirectory:
             "plan": plan.to_plain(),
             "versions": _versions(),
         }
-        write_atomic(self.config_file, yaml.safe_dump(content, sort_keys=False))
+        write_atomic(self.config_file, yaml.dump(content, Dumper=_DUMPER, sort_keys=False))
 
     def cut_metrics(self, last_step: int) -> None:
         """Drop lines after `last_step`, and a last line that was cut short."""
