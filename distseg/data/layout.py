@@ -13,8 +13,8 @@ from zarr.codecs import BloscCname, BloscCodec, BloscShuffle
 from distseg.data.volume import Geometry, shape3
 
 # Chosen by measurement (tests/bench/RESULTS.md, Data at speed; python -m tests.bench layout). Chunks of 64^3: of 32^3,
-# zarr takes twice as long and behind a URL each is a request; of 128^3, too much is decoded. lz4 with bitshuffle decodes
-# about 1.9 times as fast as zstd-3 for 18 % more bytes.
+# zarr takes twice as long and behind a URL each is a request; of 128^3 too much is decoded. lz4 with bitshuffle decodes
+# about twice as fast as zstd-3, for 18 % more bytes.
 CHUNK = 64
 CHUNKS_PER_SHARD = 4
 CODEC, LEVEL = BloscCname.lz4, 5

@@ -179,8 +179,6 @@ def test_cohort_opens_from_attributes_and_index_alone(tmp_path: Path) -> None:
 def test_opening_what_is_no_cohort(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no cohort there"):
         Cohort.open(tmp_path)
-    with pytest.raises(InputError, match="not a local path"):
-        Cohort.open("s3://bucket/cohort.zarr")
     cohort = ingested(tmp_path)
     index_path(Path(cohort.path)).unlink()
     with pytest.raises(DataError, match=r"index is missing.*action=repair"):
