@@ -1,5 +1,6 @@
 # make demo   the main job on synthetic data, minutes on two cores
 # make test   the tests that guard every change
+# make chaos  kills, hangs, full disks: what must be there afterwards
 # make lint   formatter, linter, types
 # TORCH_INDEX=URL  another index for torch, e.g. https://download.pytorch.org/whl/cpu for a small CPU build
 
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: .venv demo test test-slow lint format clean
+.PHONY: .venv demo test test-slow chaos lint format clean
 .venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -29,6 +30,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(VENV)/bin/python -m pytest -m slow
+
+chaos: $(STAMP)
+	$(VENV)/bin/python -m pytest -m chaos
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .

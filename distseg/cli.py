@@ -12,6 +12,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
 
 OK, FAULT, INTERRUPTED = 0, 1, 130
 # The user's machine, not our code: said in one line like any other bad input.
-_ENVIRONMENT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR)
+_ENVIRONMENT = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR),
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -315,6 +319,12 @@ def _explain(error: Exception) -> int:
     )
 
 
+def _environment_error(number: int | None, reason: str | None, file: object) -> InputError:
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    fix = "make room; the same command goes on" if full else "mend it and give the same command again, or another path"
+    return InputError(reason or "not possible here", where=file, fix=fix)
+
+
 def _known(error: Exception) -> DistsegError | None:
     """Our error behind what was raised, also where Ray, Hydra or OmegaConf wrapped it."""
     cause = getattr(error, "cause", None)  # Ray's name for the exception of a task
@@ -323,7 +333,10 @@ def _known(error: Exception) -> DistsegError | None:
     if isinstance(error, DistsegError):
         return error
     if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
-        return InputError(error.strerror or "not possible here", where=error.filename, fix="choose another path")
+        return _environment_error(error.errno, error.strerror, error.filename)
+    broken = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__module__.startswith("safetensors") else None
+    if broken is not None:  # how its Rust side says it
+        return _environment_error(int(broken[1]), os.strerror(int(broken[1])), None)
     if type(error).__module__.split(".")[0] in ("hydra", "omegaconf", "antlr4"):
         reason = error.__cause__ or error
         where = getattr(reason, "full_key", None) or None

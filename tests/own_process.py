@@ -1,4 +1,4 @@
-"""Slow tests of a real Ray, each in a process of its own.
+"""Long tests of a real Ray, each in a process of its own.
 
 Ray keeps state in its process: whether tokens are asked for, the cluster that tokens were made for, what its workers
 inherit of the environment. A test of a cluster without tokens would leave the next one unable to start.
@@ -22,8 +22,8 @@ _SHOWN = 10_000  # characters of what a process said that ended without a report
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    apart = item.get_closest_marker("ray") and item.get_closest_marker("slow")
-    if not apart or _REPORTS in os.environ:
+    long = item.get_closest_marker("slow") or item.get_closest_marker("chaos")
+    if not (long and item.get_closest_marker("ray")) or _REPORTS in os.environ:
         return None
     if item.config.pluginmanager.hasplugin("timeout"):
         item.ihook.pytest_timeout_cancel_timer(item=item)  # the process has its own
@@ -45,7 +45,7 @@ def _reports_of(item: pytest.Item) -> Iterator[pytest.TestReport]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "reports.jsonl"
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-m", "slow", "-p", "no:cacheprovider", item.nodeid],
+            [sys.executable, "-m", "pytest", "-m", "slow or chaos", "-p", "no:cacheprovider", item.nodeid],
             cwd=item.config.rootpath,
             env={**os.environ, _REPORTS: str(file)},
             stdout=subprocess.PIPE,

@@ -26,9 +26,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distseg.config.untrusted import check_name, read_json
 from distseg.data.arrays import StoredArray, open_array
 from distseg.data.nifti import write_nifti
 from distseg.data.place import as_place, join, reachable
+from distseg.data.scan_attributes import DAMAGE, parse_all
 from distseg.data.volume import Geometry, NativeGrid, Shape, Spacing, shape3, spacing3
 from distseg.errors import DataError, InputError
 
@@ -59,14 +61,16 @@ class ScanRecord:
         """Raises DataError for a line that lacks a field or holds something else in it."""
         try:
             return cls._parsed(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            if isinstance(error, DataError):
+                raise
             what = f"a line of the cohort's index is damaged: {type(error).__name__} {error}"
             raise DataError(what, value=str(data)[:80], fix="run distseg cohort action=repair") from error
 
     @classmethod
     def _parsed(cls, data: Mapping[str, Any]) -> ScanRecord:
         return cls(
-            scan_id=str(data["id"]),
+            scan_id=check_name(str(data["id"]), where="the cohort's index", what="scan id"),
             shape=shape3(data["shape"]),
             spacing_mm=spacing3(data["spacing_mm"]),
             labelled=bool(data["labelled"]),
@@ -102,6 +106,11 @@ class Scan:
         if attrs is None or attrs.get("complete") is not True:
             fix = "run distseg cohort action=repair, then ingest again"
             raise DataError("scan is not complete in the store", where=self.scan_id, fix=fix)
+        try:
+            parse_all(attrs)
+        except DAMAGE as error:
+            what = f"the scan's attributes are damaged: {type(error).__name__} {str(error)[:200]}"
+            raise DataError(what, where=self.scan_id, fix="ingest that scan again") from error
         return attrs
 
     @cached_property
@@ -212,13 +221,17 @@ class Cohort:
             raise DataError("the cohort's index is missing", where=index_path(root), fix=fix)
         records = sorted(read_index(root).values(), key=_scan_id)
         spacing = attrs.get("spacing_mm")
-        return cls(
-            path=str(root),
-            classes={str(name): int(value) for name, value in attrs["classes"].items()},
-            channel_names={str(key): str(name) for key, name in attrs["channel_names"].items()},
-            spacing_mm=None if spacing is None else spacing3(spacing),
-            records=records,
-        )
+        try:
+            return cls(
+                path=str(root),
+                classes={str(name): int(value) for name, value in attrs["classes"].items()},
+                channel_names={str(key): str(name) for key, name in attrs["channel_names"].items()},
+                spacing_mm=None if spacing is None else spacing3(spacing),
+                records=records,
+            )
+        except DAMAGE as error:
+            what = f"the cohort's attributes are damaged: {type(error).__name__} {str(error)[:200]}"
+            raise DataError(what, where=root / "zarr.json", fix="ingest it again") from error
 
     @property
     def class_names(self) -> list[str]:
@@ -269,7 +282,7 @@ def sources_path(cohort: Path) -> Path:
 def read_attrs(group: Path) -> dict[str, Any] | None:
     """The attributes of a Zarr v3 group, None where there is none that can be read."""
     try:
-        node = json.loads((group / "zarr.json").read_text(encoding="utf-8"))
+        node = read_json(group / "zarr.json")
     except (OSError, ValueError):
         return None
     attrs = node.get("attributes") if isinstance(node, dict) and node.get("node_type") == "group" else None
@@ -286,21 +299,22 @@ def check_version(attrs: Mapping[str, Any], where: Path) -> None:
 
 def read_index(cohort: Path) -> dict[str, ScanRecord]:
     """Scan id -> its last line; {} without an index."""
-    return {line["id"]: ScanRecord.from_json(line) for line in read_lines(index_path(cohort))}
+    records = [ScanRecord.from_json(line) for line in read_lines(index_path(cohort))]
+    return {record.scan_id: record for record in records}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file. A last line without its newline was cut off while being written: left out."""
     if not path.is_file():
         return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    whole, _, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
     lines = []
     for number, text in enumerate(whole.splitlines(), start=1):
         if not text.strip():
             continue
         try:
             lines.append(json.loads(text))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             fix = "run distseg cohort action=repair"
             raise DataError("line is not JSON", where=f"{path}:{number}", value=error, fix=fix) from error
     return lines

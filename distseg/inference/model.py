@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distseg.config.schema import MatchingConfig, NetworkConfig
+from distseg.config.untrusted import read_json
 from distseg.data.intensity import Intensity
 from distseg.errors import DataError
 from distseg.matching.bank import Matcher, build_bank_index, load_matcher, save_bank
@@ -32,6 +34,8 @@ from distseg.matching.references import ReferenceTable
 from distseg.networks.unet import UNet3D
 
 FORMAT = 1
+_MAX_PATCH = 1024  # voxels along an axis
+_MAX_PASSES = 64
 NETWORKS = ("student", "teacher")
 REFERENCES = "references"
 
@@ -156,14 +160,17 @@ def load_model(run: str | Path) -> Model:
             fix="run distseg train first, or correct run=",
         )
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file, "model")
         if content["format"] != FORMAT:
             raise DataError("model of another format", where=file, value=content["format"], rule=f"must be {FORMAT}")
         info = _info(content)
         for name in NETWORKS:
             _check_weights(folder / f"{name}.safetensors", content["sha256"][name])
         networks = {name: _load_network(folder / f"{name}.safetensors", info) for name in NETWORKS}
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError),
+        *(OverflowError, RuntimeError, SafetensorError),
+    ) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"unreadable model: {type(error).__name__}: {str(error)[:200]}", where=folder) from error
@@ -175,7 +182,31 @@ def _info(content: dict[str, Any]) -> ModelInfo:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items() if k in names}
     values["network"] = NetworkConfig(**content["network"])
     values["intensity"] = Intensity(**content["intensity"])
-    return ModelInfo(**values)
+    info = ModelInfo(**values)
+    _check(info)
+    return info
+
+
+def _check(info: ModelInfo) -> None:
+    """What others allocate, repeat or write by. Raises DataError; TypeError where it is of another type."""
+    sizes_fit = len(info.patch_zyx) == len(info.spacing_mm) == 3 and all(1 <= n <= _MAX_PATCH for n in info.patch_zyx)
+    numbers = (
+        info.threshold_nats,
+        info.teacher_noise_sigma,
+        *info.spacing_mm,
+        *dataclasses.astuple(info.intensity)[1:],
+    )
+    rules = {
+        "patch_zyx, spacing_mm": sizes_fit and min(info.spacing_mm) > 0,
+        "numbers that are finite": all(math.isfinite(number) for number in numbers),
+        "passes": 1 <= info.passes <= _MAX_PASSES,
+        "class_names": 2 <= len(set(info.class_names)) == len(info.class_names) <= 256,
+        # Of an exported bundle they would be expressions or references.
+        "names": all(text.isprintable() and text[:1] not in "$@%" for text in (*info.class_names, info.modality)),
+    }
+    broken = [name for name, kept in rules.items() if not kept]
+    if broken:
+        raise DataError("no model that we write", where="model.json", value=", ".join(broken))
 
 
 def _check_weights(file: Path, sha256: str) -> None:
@@ -185,6 +216,13 @@ def _check_weights(file: Path, sha256: str) -> None:
 
 
 def _load_network(file: Path, info: ModelInfo) -> UNet3D:
+    state = load_file(file)
+    with torch.device("meta"):  # allocates nothing, whatever model.json says
+        expected = build_network(info.network, num_classes=len(info.class_names)).state_dict()
+    if {name: value.shape for name, value in expected.items()} != {name: value.shape for name, value in state.items()}:
+        raise DataError(
+            "unreadable model: weights of another network than model.json says", where=file, fix="copy the model again"
+        )
     network = build_network(info.network, num_classes=len(info.class_names))
-    network.load_state_dict(load_file(file))
+    network.load_state_dict(state)
     return network.eval().requires_grad_(False)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distseg.config.schema import MatchingConfig
+from distseg.config.untrusted import read_json
 from distseg.errors import DataError
 from distseg.matching.index import ReferenceIndex, build_index, deserialize, load_index, serialize
 from distseg.matching.prototypes import NO_REFERENCES
@@ -159,7 +160,7 @@ def save_bank(folder: Path, table: ReferenceTable, config: MatchingConfig, index
 
 def load_bank(folder: Path, *, num_classes: int, device: torch.device, threads: int | None = None) -> Bank:
     """Raises DataError where there is none, or it is damaged or of another format."""
-    config, table, reason = _read(folder)
+    config, table, reason = _read(folder, num_classes)
     table = table.to(device)
     dense = _dense_classes(table, num_classes)
     index = load_index(folder, table.embeddings, dense, device=_device_of(table, config), threads=threads)
@@ -190,17 +191,17 @@ def bank_from_parts(parts: BankParts, *, num_classes: int, device: torch.device,
 
 def load_matcher(folder: Path, *, num_classes: int, device: torch.device, threads: int | None = None) -> Matcher:
     """What a saved bank labels queries with: the bank, or its references' prototypes. Raises DataError."""
-    config, table, _ = _read(folder)
+    config, table, _ = _read(folder, num_classes)
     if config.kind == "prototypes":
         return PrototypeMatcher(tuple(table.embeddings[table.classes == c] for c in range(num_classes)), config)
     return BankMatcher(load_bank(folder, num_classes=num_classes, device=device, threads=threads))
 
 
-def _read(folder: Path) -> tuple[MatchingConfig, ReferenceTable, str]:
+def _read(folder: Path, num_classes: int) -> tuple[MatchingConfig, ReferenceTable, str]:
     """How it matches, its table, and why its index is the one it is."""
     file = folder / "bank.json"
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file, "bank")
         if content["format"] != FORMAT:
             raise DataError("bank of another format", where=file, value=content["format"], rule=f"must be {FORMAT}")
         config, reason = MatchingConfig(**content["matching"]), str(content["index"])
@@ -208,7 +209,10 @@ def _read(folder: Path) -> tuple[MatchingConfig, ReferenceTable, str]:
         if isinstance(error, DataError):
             raise
         raise DataError(f"unreadable bank: {str(error)[:200]}", where=file) from error
-    return config, load_table(folder), reason
+    table = load_table(folder)
+    if len(table.classes) and not 0 <= int(table.classes.min()) <= int(table.classes.max()) < num_classes:
+        raise DataError("references of classes that there are not", where=folder, rule=f"{num_classes} classes")
+    return config, table, reason
 
 
 def _dense_classes(table: ReferenceTable, num_classes: int) -> Tensor:

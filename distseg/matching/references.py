@@ -90,6 +90,11 @@ def load_table(folder: Path) -> ReferenceTable:
     rows = table.embeddings.shape[0]
     if table.embeddings.ndim != 2 or table.classes.shape != (rows,) or table.scans.shape != (rows,):
         raise DataError("reference table whose columns differ in length", where=file)
+    whole = (table.classes.dtype, table.scans.dtype) == (torch.int64, torch.int64)
+    if not whole or not table.embeddings.is_floating_point() or not bool(torch.isfinite(table.embeddings).all()):
+        raise DataError("reference table whose columns are no references", where=file)
+    if rows and not 0 <= int(table.scans.min()) <= int(table.scans.max()) < len(table.scan_ids):
+        raise DataError("references of scans that there are not", where=file, rule=f"{len(table.scan_ids)} scans")
     return table
 
 

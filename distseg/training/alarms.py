@@ -1,7 +1,7 @@
 """Named warnings when predictions on unlabelled patches flood or collapse (METHOD traps 9 and 10), or numbers end.
 
-The former compare means over the last `WINDOW` steps. An alarm is a function of the rows of metrics.jsonl alone, so a resumed
-run raises it where an undisturbed one would.
+The former compare means over the last `WINDOW` steps. An alarm is a function of the rows of metrics.jsonl alone, so a
+resumed run raises it where an undisturbed one would.
 """
 
 from __future__ import annotations

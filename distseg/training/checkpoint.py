@@ -10,6 +10,7 @@ checkpoints/step_0000400/
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
+from distseg.config.untrusted import read_json
 from distseg.errors import DataError
 
 FORMAT = 1
@@ -51,20 +54,22 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
     partial = root / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(_plain(checkpoint.student), partial / _FILES[0])
-    save_file(_plain(checkpoint.teacher), partial / _FILES[1])
-    torch.save(checkpoint.optimizer, partial / _FILES[2])
-    if checkpoint.heads:
-        save_file(_plain(checkpoint.heads), partial / _HEADS)
+    optimizer = io.BytesIO()
+    torch.save(checkpoint.optimizer, optimizer)
+    contents = {
+        _FILES[0]: save(_plain(checkpoint.student)),
+        _FILES[1]: save(_plain(checkpoint.teacher)),
+        _FILES[2]: optimizer.getvalue(),
+        **({_HEADS: save(_plain(checkpoint.heads))} if checkpoint.heads else {}),
+    }
     state = {
         "format": FORMAT,
         "step": checkpoint.step,
         "schedule_step": checkpoint.schedule_step,
-        "sha256": {name: _sha256(partial / name) for name in _files(checkpoint.heads)},
+        "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
-    (partial / "state.json").write_text(json.dumps(state, indent=1))
-    for file in partial.iterdir():
-        _sync(file)
+    for name, content in {**contents, "state.json": json.dumps(state, indent=1).encode()}.items():
+        _write(partial / name, content)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
@@ -75,7 +80,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read one checkpoint. Raises DataError if it is damaged or of another format."""
     try:
-        state = json.loads((folder / "state.json").read_text())
+        state = read_json(folder / "state.json", "checkpoint")
         if state["format"] != FORMAT:
             raise DataError(
                 "checkpoint of another format", where=folder, value=state["format"], rule=f"must be {FORMAT}"
@@ -92,7 +97,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             optimizer=torch.load(folder / _FILES[2], map_location="cpu", weights_only=True),
             heads=load_file(folder / _HEADS) if has_heads else {},
         )
-    except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"unreadable checkpoint: {str(error)[:200]}", where=folder) from error
@@ -143,6 +148,14 @@ def _plain(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Through Python, which says what the disk says: that it is full, for one."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync(path: Path) -> None:

@@ -29,6 +29,7 @@ from distseg.training.checkpoint import (
 from distseg.training.checkpoint_timer import CheckpointTimer
 from distseg.training.clock import Clock
 from distseg.training.log import Reporter, StepLog
+from distseg.training.memory import out_of_memory_told
 from distseg.training.profile import StepProfiler
 from distseg.training.reduce import Communicator
 from distseg.training.run import RunDirectory
@@ -62,16 +63,17 @@ def train_rank(
 
     `open_run` has been called by rank 0 or the driver.
     """
-    session = start_session(config, communicator, make_service)
     leads = communicator.rank == 0
-    if leads:
-        session.run.cut_metrics(session.first_step - 1)
-        for note in (*session.plan.notes, f"patches are read by {reader_of(config.cohort)}"):
-            reporter.note(note)
-    if session.first_step <= config.train.steps:
-        train_session(session, communicator, reporter)
-    if leads:
-        _write_model(session)
+    with out_of_memory_told():
+        session = start_session(config, communicator, make_service)
+        if leads:
+            session.run.cut_metrics(session.first_step - 1)
+            for note in (*session.plan.notes, f"patches are read by {reader_of(config.cohort)}"):
+                reporter.note(note)
+        if session.first_step <= config.train.steps:
+            train_session(session, communicator, reporter)
+        if leads:
+            _write_model(session)
     communicator.barrier()
     return TrainResult(config.run, config.train.steps, session.first_step - 1, session.run.last_metrics() or {})
 

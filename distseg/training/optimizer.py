@@ -17,8 +17,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
 
 
 def step_where_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """A step of an optimizer of `make_optimizer`, or none where `finite` (bool []) is false: its kernel looks itself, so
-    that no GPU is waited for."""
+    """A step of an optimizer of `make_optimizer`, or none where `finite` (bool []) is false: its kernel looks itself,
+    so that no GPU is waited for."""
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # how torch's own GradScaler tells it
     optimizer.step()
 

@@ -108,7 +108,7 @@ class FlatGradients:
             # With the parameter's own strides: fused optimizers walk both in the order they lie in memory.
             parameter.grad = self._buffer.as_strided(parameter.shape, parameter.stride(), offset)
             offset += parameter.numel()
-        self._gradients, self._tail, self.broken = self._buffer.split([total, LOGGED_CAPACITY, slots])
+        self._gradients, self._tail, self.broken = torch.split(self._buffer, [total, LOGGED_CAPACITY, slots])
 
     @property
     def nbytes(self) -> int:
@@ -120,7 +120,7 @@ class FlatGradients:
 
     def finite(self) -> Tensor:
         """bool []: whether all gradients are, and with them the losses."""
-        return self._gradients.isfinite().all() & (self.broken == 0).all()
+        return torch.isfinite(self._gradients).all() & (self.broken == 0).all()
 
     def sum_over_ranks(self, communicator: Communicator, logged: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sum gradients and `logged` scalars over ranks; returns the summed scalars. All ranks must call, with the

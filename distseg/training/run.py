@@ -24,11 +24,11 @@ import yaml
 from distseg import __version__
 from distseg.config.compose import from_plain, identity, identity_hash, recipe_hash, to_plain
 from distseg.config.schema import TrainRunConfig
-from distseg.errors import DataError, RunMismatchError
+from distseg.config.untrusted import read_yaml
+from distseg.errors import DataError, InputError, RunMismatchError
 from distseg.training.plan import Plan
 
-# libyaml's where PyYAML was built with it: a plan of 100 000 scans takes Python's own a minute.
-_LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+# libyaml's where PyYAML was built with it, for plans of 100 000 scans. Not to read with: deep nesting ends the process.
 _DUMPER = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
 FORMAT = 1
 _TAIL_NBYTES = 16_384  # holds several lines
@@ -54,11 +54,13 @@ class RunDirectory:
         if not self.config_file.exists():
             return None
         try:
-            content = yaml.load(self.config_file.read_text(), Loader=_LOADER)
+            content = read_yaml(self.config_file, "run")
             if content["format"] != FORMAT:
                 raise DataError("run of another format", where=self.config_file, value=content["format"])
             return StoredRun(from_plain(content["config"], TrainRunConfig), Plan.from_plain(content["plan"]))
-        except (yaml.YAMLError, KeyError, TypeError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            if isinstance(error, InputError):
+                raise
             raise DataError(f"unreadable run: {type(error).__name__} {error}", where=self.config_file) from error
 
     def check_same(self, config: TrainRunConfig, stored: StoredRun) -> None:

@@ -1,0 +1,1 @@
+"""What must be there after kills, hangs and full disks."""
