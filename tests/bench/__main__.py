@@ -10,7 +10,7 @@ from pathlib import Path
 BENCHMARKS = (
     "step", "step_growth", "precision", "methods", "index", "embeddings", "bank", "scaling", "label", "label_ledger",
     "label_quality",
-    "ingest", "patches", "loader", "open_cohort",
+    "ingest", "layout", "patches", "loader", "open_cohort",
 )  # fmt: skip
 OPTIONS = {
     "index": ("large",),

@@ -268,7 +268,7 @@ def test_a_wrong_sum_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 # --- the verb ---------------------------------------------------------------------------------------------------------
 
 LOCAL_CHECKS = (
-    "versions", "devices", "faiss", "shared memory", "storage", "free disk", "process group", "clocks",
+    "versions", "devices", "faiss", "patches", "shared memory", "storage", "free disk", "process group", "clocks",
     "authentication",
 )  # fmt: skip
 
