@@ -9,6 +9,7 @@ from pathlib import Path
 
 BENCHMARKS = (
     "step", "step_growth", "precision", "methods", "index", "embeddings", "bank", "scaling", "label", "label_ledger",
+    "resume",
     "label_quality",
     "ingest", "layout", "patches", "loader", "open_cohort",
 )  # fmt: skip
