@@ -13,7 +13,7 @@ from distseg.work.doctor_checks import Finding
 
 CHECKS = [
     "cluster", "resources", "versions", "devices", "faiss", "patches", "shared memory", "storage", "free disk",
-    "clocks",     "process group", "authentication",
+    "clocks", "process group", "authentication",
 ]  # fmt: skip
 
 
