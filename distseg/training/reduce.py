@@ -7,6 +7,7 @@ of buckets and hooks, which DistributedDataParallel's would not be after a rebui
 from __future__ import annotations
 
 import datetime
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -72,10 +73,18 @@ class TorchDistributed:
             yield
         except RuntimeError as error:  # all that torch.distributed raises
             why = str(error).splitlines()[0]
-            lost = self._roll_call()
+            lost = self._lost()
             if lost:
                 raise WorkersLostError(lost, f"it may hang or have died; {why}") from error
             raise
+
+    def _lost(self) -> list[int]:
+        """As `_roll_call`; rank 0 where its store does not even refuse: it lives there, unless torchrun keeps it."""
+        answers: list[list[int]] = []
+        asking = threading.Thread(target=lambda: answers.append(self._roll_call()), daemon=True)
+        asking.start()
+        asking.join(2 * ROLL_CALL_S)
+        return answers[0] if answers else [0]
 
     def _roll_call(self) -> list[int]:
         """Ranks that do not say within a while that they gave up too. A collective of those that did."""
@@ -88,7 +97,7 @@ class TorchDistributed:
             while not store.check(list(keys.values())) and time.monotonic() < deadline:
                 time.sleep(0.1)
             return [rank for rank, key in keys.items() if not store.check([key])]
-        except RuntimeError:  # the store's: it lives in rank 0 unless torchrun keeps it
+        except RuntimeError:  # the store's
             return [0] if self.rank else []
 
 

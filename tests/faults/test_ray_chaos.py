@@ -26,7 +26,7 @@ def on_ray(cohort: str, run: Path, **keys: object) -> list[str]:
 
 def test_a_hung_worker_is_named_and_a_killed_driver_leaves_nobody(tmp_path: Path) -> None:
     cohort, run = make_cohort(tmp_path / "cohort"), tmp_path / "run"
-    keys = {"train__steps": 400, "train__worker_timeout_s": 8, "checkpoint__every_steps": 10}
+    keys = {"train__steps": 400, "train__worker_timeout_s": 20, "checkpoint__every_steps": 10}
     alone = command(
         "train", cohort=cohort, run=tmp_path / "one", more=TINY, train__precision="float64", train__steps=400
     )
