@@ -29,7 +29,8 @@ set -eu
 here=\$(cd "\$(dirname "\$0")" && pwd)
 (cd "\$here" && sha256sum --check --quiet SHA256SUMS)
 "\${PYTHON:-python3.11}" -m venv "\${1:?usage: sh install.sh VENV}"
-"\$1/bin/python" -m pip install --quiet --no-index --find-links "\$here" --constraint "\$here/constraints.txt" 'distseg[$extra]'
+# an index or a folder that this site's pip is told of elsewhere is not asked
+PIP_CONFIG_FILE=/dev/null "\$1/bin/python" -m pip --isolated install --quiet --no-index --find-links "\$here" --constraint "\$here/constraints.txt" 'distseg[$extra]'
 "\$1/bin/distseg" doctor launcher=local storage="\$1"
 INSTALL
 (cd "$out" && sha256sum -- *.whl constraints.txt install.sh > SHA256SUMS)

@@ -94,16 +94,16 @@ class Suite:
     def select(
         self, *, rows: Sequence[str] | None, labelled: Sequence[Name] | None, seeds: Sequence[int] | None
     ) -> Suite:
-        """The part of the suite to run now; None keeps what the suite says. Order is the suite's.
+        """The part of the suite to run now; None keeps what the suite says. Order is the suite's; `seeds` are any.
 
-        Raises ConfigError for a row, subset or seed that the suite does not have, or a selection without any.
+        Raises ConfigError for a row or subset that the suite does not have, seeds that are none, or an empty selection.
         """
         names = _chosen("rows", rows, [row.name for row in self.rows], [row.name for row in self.rows])
         return dataclasses.replace(
             self,
             rows=tuple(row for row in self.rows if row.name in names),
             labelled=_chosen("labelled", labelled, list(self.subsets), self.labelled),
-            seeds=_chosen("seeds", seeds, self.seeds, self.seeds),
+            seeds=self.seeds if seeds is None else _distinct_seeds(seeds),
             compare=tuple(name for name in self.compare if name in names),
             against=tuple(name for name in self.against if name in names),
         )
@@ -238,6 +238,12 @@ def _train_keys(values: Mapping[Any, Any], where: str) -> dict[str, Any]:
             fix = f"did you mean {near[0]}?" if near else "distseg train --help lists the keys"
             raise ConfigError("distseg train has no such key", where=f"{where}: {key}", fix=fix)
     return keys
+
+
+def _distinct_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ConfigError("not seeds", where="seeds", value=list(seeds), rule="one or more of 0, 1, 2, ..., each once")
+    return tuple(seeds)
 
 
 def _chosen(where: str, asked: Sequence[Any] | None, known: Iterable[Any], default: Sequence[Any]) -> tuple[Any, ...]:

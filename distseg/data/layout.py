@@ -12,9 +12,9 @@ from zarr.codecs import BloscCname, BloscCodec, BloscShuffle
 
 from distseg.data.volume import Geometry, shape3
 
-# Chosen by measurement (tests/bench/RESULTS.md, Layout). 64^3: smaller chunks read patches of 64^3 and 96^3 faster by a
-# third through TensorStore, but twice as slowly through zarr-python, and behind a URL each chunk is a request. lz4 with
-# bitshuffle decodes about 1.7 times as fast as zstd-3 for 14 % more bytes; its level changes neither.
+# Chosen by measurement (tests/bench/RESULTS.md, Data at speed; python -m tests.bench layout). Chunks of 64^3: of 32^3,
+# zarr takes twice as long and behind a URL each is a request; of 128^3 too much is decoded. lz4 with bitshuffle decodes
+# about twice as fast as zstd-3, for 18 % more bytes.
 CHUNK = 64
 CHUNKS_PER_SHARD = 4
 CODEC, LEVEL = BloscCname.lz4, 5

@@ -55,13 +55,7 @@ def connect(
                 _reach(address)
                 ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
             else:
-                ray.init(
-                    "local",
-                    include_dashboard=include_dashboard,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _node_ip_address="127.0.0.1",
-                )
+                _start_embedded(include_dashboard=include_dashboard)
         except ConnectionError as error:
             fix = "start that cluster, or unset RAY_ADDRESS for an embedded one"
             raise InputError("no Ray cluster answers", where="RAY_ADDRESS", value=address, fix=fix) from error
@@ -72,6 +66,28 @@ def connect(
         connection.close()
         raise
     return connection
+
+
+def _start_embedded(*, include_dashboard: bool) -> None:
+    """Raises InputError where Ray's own 30 s to start were not enough, as on a machine full of other work."""
+    try:
+        ray.init(
+            "local",
+            include_dashboard=include_dashboard,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )
+    except Exception as error:  # Ray raises a bare Exception here; any other goes on
+        if "timed out during startup" not in str(error):
+            raise
+        raise InputError(
+            "Ray did not start in time",
+            where="launcher",
+            value="ray",
+            rule=f"this machine's load is {os.getloadavg()[0]:.0f} on {len(os.sched_getaffinity(0))} cores",
+            fix="the same command again when there is less other work, or launcher=local",
+        ) from error
 
 
 def _wait_for_nodes(each_worker: dict[str, float], workers: int) -> None:

@@ -3,8 +3,8 @@
 The M passes of overlapping windows are blended into mean probabilities and an entropy (Xie et al. 2024, Eq 2) on the
 run's grid. Voxels under the threshold take the argmax; all others take the class whose references the teacher's
 deterministic embedding is most similar to, embedded in the window that the voxel is most central in, since blended
-embeddings are nobody's. Then, as in `sliding_window`, probabilities (one-hot where matched) go to the output grid
-linearly and the largest wins.
+embeddings are nobody's. Then, as in `sliding_window`, probabilities go to the output grid linearly and the largest
+wins; where matching disagrees with the teacher the two classes have swapped theirs.
 
 Memory, float32, whatever the scan's depth: (K + 1) planes of the sums and one of the image for at most 2 pZ planes
 [Y, X] of the run's grid, some temporary copies of pZ / 2 planes, and the network's own for one batch of windows.
@@ -26,7 +26,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from distseg.data.label_output import CODE_STEP, CONFIDENCE_STEPS
 from distseg.inference.output_planes import OutputPlanes
@@ -39,6 +38,7 @@ from distseg.matching.bank import Matcher
 from distseg.networks.unet import UNet3D
 
 QUERIES_A_CALL = 16_384
+TIE_BREAK = 1e-6  # by which a class that matching chose leads one of the very same share
 SURVEY_WINDOWS = 32  # whose entropies give a scan's quantile
 
 Plane = npt.NDArray[np.uint8]
@@ -213,8 +213,7 @@ class _Labeller:
         self._facts.add(shares, entropy, label=label, teacher=teacher, codes=codes)
         values[-1] = confidence
         if matches is not None:
-            z, y, x = matches
-            shares[:, z, y, x] = functional.one_hot(matched, len(shares)).T.to(shares)
+            _give_largest(shares, matches, was=teacher[matches], now=matched)
         return _Slab(first, values, codes)
 
     def _matches(self, row: int, matcher: Matcher, voxels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,6 +245,16 @@ class _Labeller:
             self._grid.starts[2][number % columns],
         )
         return voxels - voxels.new_tensor(corner)
+
+
+def _give_largest(shares: Tensor, at: tuple[Tensor, ...], *, was: Tensor, now: Tensor) -> None:
+    """Swap two classes' shares [K, n, Y, X] at voxels `at`, so that class `now` [N] has what `was` [N], the largest,
+    had. One-hot shares would decide what lies between voxels of the run's grid by voxels' corners."""
+    changed = torch.nonzero(was != now).flatten()
+    was, now, at = was[changed], now[changed], tuple(axis[changed] for axis in at)
+    largest, smaller = shares[was, *at].clone(), shares[now, *at].clone()
+    shares[was, *at] = smaller
+    shares[now, *at] = largest * (1 + TIE_BREAK)
 
 
 def _best(

@@ -20,6 +20,7 @@ from distseg.data.keys import Purpose, generator
 from distseg.data.lattice import Place
 from distseg.errors import ConfigError, DataError
 from distseg.training.partial_labels import PartialLabels, partial_labels
+from distseg.training.patch_notes import patch_notes
 from distseg.training.pseudo_labels import find_pseudo_labels
 from distseg.training.whole_classes import whole_classes
 
@@ -107,7 +108,7 @@ def make_plan(config: TrainRunConfig, cohort: Cohort, *, parent: Plan | None = N
     )
     notes += pseudo.notes
     notes += [note for note in (flip_note, whole_note) if note]
-    notes += _patch_notes(config, cohort, plan)
+    notes += patch_notes(config, cohort, labelled=plan.labelled, unlabelled=plan.unlabelled, spacing_mm=plan.spacing_mm)
     return dataclasses.replace(plan, notes=tuple(notes))
 
 
@@ -209,17 +210,6 @@ def _pair(pair: Sequence[str], class_names: Sequence[str]) -> tuple[int, int]:
             fix="set data.mirror_pairs=[[left_a,right_a]]",
         )
     return class_names.index(pair[0]), class_names.index(pair[1])
-
-
-def _patch_notes(config: TrainRunConfig, cohort: Cohort, plan: Plan) -> list[str]:
-    """A patch larger than a scan is padded with the scan's minimum; say how often."""
-    ids = set(plan.labelled) | set(plan.unlabelled)
-    patch_mm = np.asarray(config.sampling.patch_zyx) * np.asarray(plan.spacing_mm)
-    small = [
-        r for r in cohort.records
-        if r.scan_id in ids and np.any(np.asarray(r.shape) * np.asarray(r.spacing_mm) < patch_mm)
-    ]  # fmt: skip
-    return [f"{len(small)} of {len(ids)} scans are smaller than a patch and are padded"] if small else []
 
 
 def _place(line: str) -> Place:

@@ -28,6 +28,8 @@ from distseg.config.untrusted import read_yaml
 from distseg.errors import DataError, InputError, RunMismatchError
 from distseg.training.plan import Plan
 
+# libyaml's where PyYAML was built with it, for plans of 100 000 scans. Not to read with: deep nesting ends the process.
+_DUMPER = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
 FORMAT = 1
 _TAIL_NBYTES = 16_384  # holds several lines
 
@@ -90,7 +92,7 @@ class RunDirectory:
             "plan": plan.to_plain(),
             "versions": _versions(),
         }
-        write_atomic(self.config_file, yaml.safe_dump(content, sort_keys=False))
+        write_atomic(self.config_file, yaml.dump(content, Dumper=_DUMPER, sort_keys=False))
 
     def cut_metrics(self, last_step: int) -> None:
         """Drop lines after `last_step`, and a last line that was cut short."""

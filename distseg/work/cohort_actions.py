@@ -7,9 +7,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from rich.console import Console
-from rich.table import Table
-
 from distseg.data.cohort import (
     Cohort,
     ScanRecord,
@@ -24,6 +21,9 @@ from distseg.data.place import reachable, remove_folder
 from distseg.errors import InputError
 from distseg.work.cohort_index import reconcile, writing
 from distseg.work.line_file import write_lines
+
+_COLUMNS = ["scan", "shape Z Y X", "spacing mm Z Y X", "labelled", "split", "foreground voxels"]
+_NUMBERS = (1, 2)  # columns that are set to the right
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,16 @@ def holds(cohort: str, scans: int, dropped: Sequence[str]) -> str:
     return f"{cohort}: {scans} scans{gone}"
 
 
-def list_cohort(cohort: str, *, width: int | None = None) -> str:
-    """A table of the scans and a line of totals, as text `width` columns wide (None: the terminal's)."""
+def list_cohort(cohort: str) -> str:
+    """A table of the scans and a line of totals, as text. Plain columns: ones that wrap take minutes for 100 000."""
     opened = Cohort.open(cohort)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (("scan", "left"), ("shape Z Y X", "right"), ("spacing mm Z Y X", "right")):
-        table.add_column(name, justify="right" if justify == "right" else "left")
-    for name in ("labelled", "split"):
-        table.add_column(name)
-    table.add_column("foreground voxels", justify="right")
-    for record in opened.records:
-        table.add_row(*_row(record))
-    console = Console(width=width)
-    with console.capture() as capture:
-        console.print(table)
-        console.print(_summary(opened), highlight=False, markup=False, soft_wrap=True)
-    return capture.get()
+    rows = [_COLUMNS, *(_row(record) for record in opened.records)]
+    widths = [max(len(row[n]) for row in rows) for n in range(len(_COLUMNS))]
+    lines = [
+        "  ".join(row[n].rjust(widths[n]) if n in _NUMBERS else row[n].ljust(widths[n]) for n in range(len(widths)))
+        for row in rows
+    ]
+    return "\n".join([*(line.rstrip() for line in lines), _summary(opened)]) + "\n"
 
 
 def remove_scan(cohort: str, *, scan: str) -> None:

@@ -8,10 +8,9 @@ import json
 from pathlib import Path
 
 BENCHMARKS = (
-    "step", "step_growth", "precision", "methods", "index", "embeddings", "bank", "scaling", "label", "label_ledger",
-    "resume",
-    "label_quality",
-    "ingest", "patches", "loader", "open_cohort",
+    "step", "step_growth", "precision", "methods", "index", "embeddings", "bank", "scaling", "ray", "resume", "tune",
+    "label", "label_ledger", "label_quality",
+    "ingest", "layout", "patches", "loader", "open_cohort",
 )  # fmt: skip
 OPTIONS = {
     "index": ("large",),

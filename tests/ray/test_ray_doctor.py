@@ -12,8 +12,8 @@ import distseg
 from distseg.work.doctor_checks import Finding
 
 CHECKS = [
-    "cluster", "resources", "versions", "devices", "faiss", "shared memory", "storage", "free disk", "clocks",
-    "process group", "authentication",
+    "cluster", "resources", "versions", "devices", "faiss", "patches", "shared memory", "storage", "free disk",
+    "clocks", "process group", "authentication",
 ]  # fmt: skip
 
 

@@ -46,6 +46,7 @@ def dies(item: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_a_pool_is_bounded_and_outlives_its_actors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     pulled = []
@@ -114,6 +115,7 @@ def actors_of(driver: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_killed_actors_and_a_killed_driver_leave_what_no_kill_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -485,8 +485,10 @@ def test_unknown_suites_and_parts() -> None:
     suite = parse_suite("mine", content())
     with pytest.raises(ConfigError, match=r"rows: the suite has no such entry \(got \['x'\]\); one or more of superv"):
         suite.select(rows=["x"], labelled=None, seeds=None)
-    with pytest.raises(ConfigError, match="seeds: the suite has no such entry"):
-        suite.select(rows=None, labelled=None, seeds=[])
+    assert suite.select(rows=None, labelled=None, seeds=[5, 3]).seeds == (5, 3)  # the suite's are what it says itself
+    for seeds in ([], [1, 1], [-1]):
+        with pytest.raises(ConfigError, match="seeds: not seeds"):
+            suite.select(rows=None, labelled=None, seeds=seeds)
 
 
 def test_shipped_suites() -> None:

@@ -127,6 +127,16 @@ def test_urls_that_cannot_be_read(tmp_path: Path, in_memory: str, monkeypatch: p
         Cohort.open("nosuch://x/c.zarr")
     with pytest.raises(InputError, match="no cohort there"):
         Cohort.open(in_memory)
+
+    def away(*_: object, **__: object) -> None:
+        raise ConnectionError("nobody answers")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(as_place(in_memory)), "exists", away)
+        with pytest.raises(
+            InputError, match=r"storage cannot be reached \(got memory:.*ConnectionError: nobody answers"
+        ):
+            Cohort.open(in_memory)
     with pytest.raises(ConfigError, match=r"run: not a local path \(got s3://b/run\).*only cohort= may be a URL"):
         distseg.train(cohort=str(tmp_path), run="s3://b/run", overrides={"launcher": "local"})
     monkeypatch.setitem(sys.modules, "upath", None)

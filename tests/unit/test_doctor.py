@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import distseg
@@ -215,6 +216,34 @@ class _NoFaiss:
             raise ModuleNotFoundError("No module named 'faiss'", name="faiss")
 
 
+def test_both_packages_installed_are_found_and_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As pip leaves it: the metadata of each, one module. That it imports and searches does not make it right."""
+    for package in ("faiss_cpu", "faiss_gpu"):
+        folder = tmp_path / f"{package}-1.99.0.dist-info"
+        folder.mkdir()
+        name = package.replace("_", "-")
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.99.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "faiss", SimpleNamespace(IndexFlatIP=_Exact))
+    monkeypatch.setattr("distseg.work.doctor.local_round_trip", lambda: 0.01)
+    assert main(["doctor", "launcher=local", f"storage={tmp_path}", "storage_mib=1"]) == 2
+    line = next(line for line in capsys.readouterr().out.splitlines() if line[5:].startswith("faiss "))
+    assert line.startswith("fail faiss           faiss-cpu 1.99.0 and faiss-gpu 1.99.0 are both installed")
+    assert "pip uninstall" in line
+
+
+class _Exact:
+    def __init__(self, width: int) -> None: ...
+
+    def add(self, rows: Any) -> None:
+        self._rows = rows
+
+    def search(self, queries: Any, k: int) -> tuple[Any, Any]:
+        return -np.sort(-(queries @ self._rows.T), axis=1)[:, :k], None
+
+
 # --- facts and probes on this machine ---------------------------------------------------------------------------------
 
 
@@ -268,7 +297,7 @@ def test_a_wrong_sum_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 # --- the verb ---------------------------------------------------------------------------------------------------------
 
 LOCAL_CHECKS = (
-    "versions", "devices", "faiss", "shared memory", "storage", "free disk", "process group", "clocks",
+    "versions", "devices", "faiss", "patches", "shared memory", "storage", "free disk", "process group", "clocks",
     "authentication",
 )  # fmt: skip
 

@@ -20,7 +20,7 @@ from scipy import ndimage
 from distseg.data.keys import Purpose, torch_generators
 from distseg.data.plane_spool import PlaneSpool
 from distseg.data.volume import NativeGrid
-from distseg.inference.label_scan import Grids, LabelRule, _capacities, label_scan
+from distseg.inference.label_scan import Grids, LabelRule, _capacities, _give_largest, label_scan
 from distseg.inference.scan_facts import FactsOfPlanes
 from distseg.inference.sliding_window import segment
 from distseg.inference.teacher_passes import PassSettings
@@ -135,7 +135,7 @@ def test_slab_wise_equals_whole_volume(shape, overlap, batch_size, matched, unce
     shares, entropy, label, code, confidence = whole_volume(image, net, overlap, matcher, rule)
     top = np.sort(shares, axis=0)
     clear = (np.abs(entropy - rule.threshold_nats) > 1e-5) & ((top[-1] - top[-2] > 1e-5) | (code == 1))
-    assert clear.mean() > 0.99
+    assert (~clear).sum() <= max(3, 0.01 * clear.size)  # exact ties, where dropout left a voxel nothing
     np.testing.assert_array_equal(mask[clear], label[clear])
     np.testing.assert_array_equal((trust // 64)[clear], code[clear])
     assert np.abs((trust % 64)[clear] - 63 * confidence[clear]).max() < 0.51
@@ -265,6 +265,7 @@ class Mostly:
         return values
 
 
+@pytest.mark.slow
 def test_memory_is_a_plus_a_byte_a_voxel(tmp_path: Path) -> None:
     """All of it, of the process: slabs, network, planes that wait, both files written, by the kernel's high-water mark.
     A full-volume float of one class alone would be four bytes a voxel."""
@@ -273,7 +274,7 @@ def test_memory_is_a_plus_a_byte_a_voxel(tmp_path: Path) -> None:
     def label_and_write(depth: int) -> None:
         affine = np.diag([-1.0, -1.0, 1.0, 1.0])
         native = NativeGrid((128, 128, depth), affine)
-        quick = LabelRule(dataclasses.replace(RULE.passes, passes=1), threshold_nats=1.09)
+        quick = LabelRule(dataclasses.replace(RULE.passes, passes=1), threshold_nats=9.0)
         with PlaneSpool(tmp_path) as masks, PlaneSpool(tmp_path) as trusts:
 
             def sink(_: int, mask: np.ndarray, trust: np.ndarray) -> None:
@@ -281,7 +282,7 @@ def test_memory_is_a_plus_a_byte_a_voxel(tmp_path: Path) -> None:
                 trusts.add(trust)
 
             label_scan(
-                Mostly(depth), scan_id=ID, teacher=net, matcher=Prototypes(), rule=quick,
+                Mostly(depth), scan_id=ID, teacher=net, matcher=None, rule=quick,
                 grids=Grids((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (depth, 128, 128)),
                 patch_zyx=(16, 64, 64), overlap=0.0, normalise=lambda box: box.astype(np.float32) / 400, fill=0.0,
                 num_classes=CLASSES, batch_size=4, device=CPU, sink=sink,
@@ -290,10 +291,10 @@ def test_memory_is_a_plus_a_byte_a_voxel(tmp_path: Path) -> None:
                 spool.write_nifti(tmp_path / f"{name}.nii.gz", native)
 
     label_and_write(128)  # what torch and oneDNN keep
-    shallow, deep = (peak_mib(lambda depth=depth: label_and_write(depth), CPU) for depth in (128, 768))
+    shallow, deep = (peak_mib(lambda depth=depth: label_and_write(depth), CPU) for depth in (128, 512))
     if shallow is None or deep is None:
         pytest.skip("this system does not tell a process' peak")
-    assert deep - shallow < 1.2 * (768 - 128) * 128 * 128 / 2**20 + 4
+    assert deep - shallow < 1.2 * (512 - 128) * 128 * 128 / 2**20 + 4
 
 
 @given(size=st.integers(1, 60), patch=st.integers(1, 16), overlap=st.sampled_from([0.0, 0.25, 0.5, 0.9]))
@@ -361,3 +362,15 @@ def test_facts_do_not_depend_on_slabs(cuts: list[int], seed: int) -> None:
         p, m = shares[value].numpy(), label == value
         assert done.expected_dice[value - 1] == pytest.approx(2 * p[m].sum() / (p.sum() + m.sum()), abs=1e-5)
     assert done.descriptor == [0.6, 0.8]
+
+
+def test_a_matched_class_takes_the_largest_share() -> None:
+    shares = torch.softmax(torch.randn(CLASSES, 2, 3, 4, generator=torch.Generator().manual_seed(0)), 0)
+    before, at = shares.clone(), (torch.tensor([0, 1]), torch.tensor([2, 0]), torch.tensor([3, 1]))
+    was = before.argmax(0)[at]
+    now = torch.stack([(was[0] + 1) % CLASSES, was[1]])  # disagrees at one voxel, agrees at the other
+    _give_largest(shares, at, was=was, now=now)
+    assert shares.argmax(0)[at].tolist() == now.tolist()
+    torch.testing.assert_close(shares.sum(0), torch.ones(2, 3, 4))
+    changed = (shares != before).any(0)
+    assert torch.nonzero(changed).tolist() == [[0, 2, 3]]

@@ -1,4 +1,4 @@
-"""Which classes are one piece is learned from the labels that train, and from no other."""
+"""What a plan learns of the labels that train, and of no other: classes of one piece; how large the object is."""
 
 from __future__ import annotations
 
@@ -56,3 +56,19 @@ def test_classes_of_one_piece(
 def test_the_papers_preset_filters_nothing(cohort: Cohort, tmp_path: Path) -> None:
     config = train_config(cohort=cohort.path, run=str(tmp_path / "run"), preset="xie2024")
     assert make_plan(config, cohort).whole == ()
+
+
+def test_a_patch_that_sees_too_little_is_told_with_a_spacing(cohort: Cohort, tmp_path: Path) -> None:
+    def notes(**overrides: Any) -> list[str]:
+        keys = {"data.labeled_ids": ["c"], "sampling.patch_zyx": [16, 8, 8], **overrides}
+        config = train_config(cohort=cohort.path, run=str(tmp_path / "run"), overrides=keys)
+        return [note for note in make_plan(config, cohort).notes if "a patch covers" in note]
+
+    box = np.argwhere(scan_arrays(2)[1] > 0)  # of scan c, i j k
+    z, y, x = ((box.max(0) - box.min(0) + 1) * [2, 2, 3])[::-1]
+    (told,) = notes(**{"data.spacing_mm": [0.5, 0.5, 0.5]})
+    assert f"a patch covers 8 x 4 x 4 mm, the labelled object {z:.0f} x {y:.0f} x {x:.0f} mm" in told
+    half = [np.ceil(side / 2 / size * 10) / 10 for side, size in ((z, 16), (y, 8), (x, 8))]
+    assert told.endswith(f"data.spacing_mm=[{','.join(f'{max(one, 0.5):g}' for one in half)}]")
+    assert notes() == []
+    assert notes(**{"data.spacing_mm": [0.5, 0.5, 0.5], "data.labeled_patches": 200}) == []
