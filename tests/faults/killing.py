@@ -58,7 +58,8 @@ def started(words: list[str], **environment: str) -> Iterator[subprocess.Popen[s
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        process.communicate()
+        if process.stdout is not None and not process.stdout.closed:
+            process.communicate()
 
 
 class Process(Protocol):
