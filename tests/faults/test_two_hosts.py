@@ -57,11 +57,11 @@ class Hosts:
 
     def run(self, name: str, words: list[str]) -> subprocess.Popen[bytes]:
         environment = {k: v for k, v in self._environment.items() if k != "RAY_ADDRESS" or "start" not in words}
-        log = (self._temp / f"{name}.log").open("ab")
-        return subprocess.Popen(
-            ["ip", "netns", "exec", f"distseg-{name}", *words],
-            env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        with (self._temp / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", f"distseg-{name}", *words],
+                env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
 
     def link(self, state: str) -> None:
         ip("-n", "distseg-b", "link", "set", "veth", state)
