@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+_SHOWN = 600  # characters of each part of a message
+
 
 class DistsegError(Exception):
     """Base of all distseg errors. `exit_code` is what the command line returns (DESIGN section 2)."""
@@ -35,7 +37,7 @@ class InputError(DistsegError, ValueError):
         if value is not None:
             head += f" (got {value})"
         parts = [head] + [part for part in (rule, fix) if part]
-        super().__init__("; ".join(" ".join(str(part).split()) for part in parts))
+        super().__init__("; ".join(_shown(part) for part in parts))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), (self.what,), self._keywords())
@@ -100,6 +102,12 @@ class WorkersLostError(DistsegError, RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), (self.ranks, self.why), {})
+
+
+def _shown(part: object) -> str:
+    """On one line, and not all of what a stranger's file may hold."""
+    text = " ".join(str(part).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _rebuild(kind: type[DistsegError], args: tuple[Any, ...], keywords: dict[str, Any]) -> DistsegError:

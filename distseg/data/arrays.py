@@ -33,7 +33,7 @@ MAX_CHUNK_NBYTES = 2**28
 MAX_METADATA_NBYTES = 2**20
 CACHE_NBYTES = 64 * 2**20  # shard indexes and the chunks of the last few patches
 # What the two libraries raise on damaged or missing data; zarr's codecs have no common base class.
-_UNREADABLE = (ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError, AttributeError)
+_UNREADABLE = (ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError, AttributeError, ArithmeticError)
 
 
 @cache

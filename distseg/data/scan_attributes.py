@@ -12,11 +12,16 @@ from distseg.data.volume import Geometry, NativeGrid, shape3
 # What reading attributes raises where they hold something else than they should.
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError)
 
+_FAR_MM = 1e7
+
 
 def parse_all(attrs: Mapping[str, Any]) -> None:
     """Raises, one way or another, where something that a scan says of itself is no such thing."""
-    Geometry.from_json(attrs["stored"])
-    NativeGrid.from_json(attrs["native"]).geometry  # noqa: B018  # computes its axes
+    stored, native = Geometry.from_json(attrs["stored"]), NativeGrid.from_json(attrs["native"])
+    for grid in (stored, native):
+        if grid.affine.shape != (4, 4) or not (np.abs(grid.affine) < _FAR_MM).all():  # not of NaN either
+            raise ValueError(f"affine {grid.affine.tolist()}")
+    native.geometry  # noqa: B018  # computes its axes
     for box in (attrs["body_box"], *(entry["box"] for entry in attrs["foreground"].values())):
         start, stop = (shape3(corner) for corner in box)
         if any(a < 0 or b < a for a, b in zip(start, stop, strict=True)):

@@ -184,10 +184,10 @@ def test_hostile_files(stranger: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", READERS)
-def test_two_thousand_hostile_files(stranger: Path, name: str) -> None:
+def test_three_hundred_hostile_files(stranger: Path, name: str) -> None:
     file, read = READERS[name]
-    refused = fuzzed(stranger / file, lambda: read(stranger), times=2000, rng=random.Random(f"{name} 2"))
-    print(f"{file}: 2000 tried, {refused} refused, {2000 - refused} used")
+    refused = fuzzed(stranger / file, lambda: read(stranger), times=300, rng=random.Random(f"{name} 2"))
+    print(f"{file}: 300 tried, {refused} refused, {300 - refused} used")
 
 
 def test_weights_under_a_fitting_checksum(stranger: Path, tmp_path: Path) -> None:

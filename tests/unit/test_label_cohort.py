@@ -105,11 +105,15 @@ def test_what_is_written(undisturbed: Path, cohort_path: str) -> None:
     errors = [float(row["expected_error"]) for row in rows]
     assert errors == sorted(errors, reverse=True)
     assert [int(row["rank"]) for row in rows] == list(range(1, 10))
+    facts = {line["done"]: line for line in read_ledger(ledger_path(undisturbed)) if "done" in line}
     for row in rows:
         mask = read_nifti(undisturbed / "masks" / f"{row['scan_id']}.nii.gz").array
         for value, name in ((1, "hip"), (2, "femur")):
             native_ml = (mask == value).sum() * 0.012
-            assert float(row[f"volume_ml_{name}"]) == pytest.approx(native_ml, rel=0.35, abs=3)
+            counted_ml = facts[row["scan_id"]]["class_voxels"][value - 1] * 0.015  # on the run's grid
+            assert float(row[f"volume_ml_{name}"]) == pytest.approx(counted_ml, abs=1e-3)
+            # An untrained network's classes are all but tied, so its surfaces move between the grids.
+            assert native_ml / 2.5 - 3 < counted_ml < native_ml * 2.5 + 3
     with open(undisturbed / "next_to_label.csv") as file:
         chosen = list(csv.DictReader(file))
     assert [row["by"] for row in chosen] == ["doubt_and_diversity"] * 2 + ["random"] * 2
