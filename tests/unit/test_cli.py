@@ -256,8 +256,12 @@ class RayTaskLike(DataError):
     [
         (DataError("empty file", where="a.nii", fix="copy it again"), 2, "a.nii: empty file; copy it again\n"),
         (RayTaskLike(), 2, "a.nii: empty file\n"),
-        (PermissionError(13, "Permission denied", "/srv/x"), 2, "/srv/x: Permission denied; choose another path\n"),
-        (OSError(28, "No space left on device"), 2, "No space left on device; choose another path\n"),
+        (
+            PermissionError(13, "Permission denied", "/srv/x"),
+            2,
+            "/srv/x: Permission denied; mend it and give the same command again, or another path\n",
+        ),
+        (OSError(28, "No space left on device"), 2, "No space left on device; make room; the same command goes on\n"),
         (
             FinishedWithFailures("2 done", [("a", "bad"), ("b", "worse")]),
             3,
@@ -337,7 +341,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("distseg tr", "train"),
         ("distseg train method=u", "method=uamt"),
-        ("distseg train train.st", "train.steps="),
+        ("distseg train train.ste", "train.steps="),
         ("distseg evaluate net", "network="),
     ],
 )
