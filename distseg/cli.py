@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 
 OK, FAULT, INTERRUPTED = 0, 1, 130
 # The user's machine, not our code: said in one line like any other bad input.
+_STORAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO)
 _ENVIRONMENT = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR),
-    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO),
+    *_STORAGE,
 )
 
 
@@ -320,8 +321,11 @@ def _explain(error: Exception) -> int:
 
 
 def _environment_error(number: int | None, reason: str | None, file: object) -> InputError:
-    full = number in (errno.ENOSPC, errno.EDQUOT)
-    fix = "make room; the same command goes on" if full else "mend it and give the same command again, or another path"
+    fix = "choose another path"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        fix = "make room; the same command goes on"
+    elif number in _STORAGE:
+        fix = "the same command goes on once the storage answers"
     return InputError(reason or "not possible here", where=file, fix=fix)
 
 

@@ -33,7 +33,7 @@ NOT_IDENTITY = (
     "matching.placement",
     "train.profile",
     "train.threads",
-    "train.stop_after_skipped",
+    "train.skips_in_a_row",
     "train.worker_timeout_s",
 )
 # Nor do these, of a method that does not match.

@@ -289,7 +289,7 @@ class TrainConfig:
     profile: bool = False  # a trace and a table of a few steps in RUN/profile
     diagnostics: bool = False  # open hidden truth of unlabelled scans to measure matched_accuracy; never trains on it
     threads: int | None = None  # torch threads a worker; None: this machine's cores over its workers
-    stop_after_skipped: int = 5  # steps in a row: each whose loss or gradient is not finite is skipped and told
+    skips_in_a_row: int = 5  # steps in a row: each whose loss or gradient is not finite is skipped and told
     worker_timeout_s: int = 900  # others wait no longer for a worker; longer than compiling or a slow disk take
 
     def __post_init__(self) -> None:
@@ -299,7 +299,7 @@ class TrainConfig:
         one_of("train.precision", self.precision, ("auto", "float32", "bfloat16", "float64"))
         between("train.ema_decay", self.ema_decay, 0.0, 1.0)
         at_least("train.validation_patches", self.validation_patches, 1)
-        at_least("train.stop_after_skipped", self.stop_after_skipped, 1)
+        at_least("train.skips_in_a_row", self.skips_in_a_row, 1)
         at_least("train.worker_timeout_s", self.worker_timeout_s, 1)
         for name in ("slots_per_pass", "validate_every_steps", "threads"):
             if getattr(self, name) is not None:

@@ -29,12 +29,14 @@ class FaultLog(ray.train.UserCallback):
 
 
 def in_words(error: BaseException) -> str:
-    """One line: ours as it is; that it was killed, or lacked memory; else the name and first line."""
+    """One line: ours as it is; that it does not answer, or lacked memory; else the name and first line."""
     ours = own_error(error)
     if ours is not None:
         return str(ours)
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return "killed by Ray, for its node ran out of memory"
+    if type(error).__name__.startswith("WorkerHealthCheck"):  # of a module of Ray's that is not public
+        return "does not answer Ray: it hangs or has died"
     text = " ".join(str(error).split())[:_SHOWN]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

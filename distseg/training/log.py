@@ -111,7 +111,7 @@ class StepLog:
                 self._to_trackers(row)
                 self._reporter.step(row, at.total_steps)
             self._skipped = self._skipped + 1 if "not_finite" in row else 0
-            if self._skipped == self._config.train.stop_after_skipped:
+            if self._skipped == self._config.train.skips_in_a_row:
                 raise NonFiniteLossError(at.step, self._skipped, row["not_finite"])
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""On a real Ray: a worker that hangs, a driver killed, a node without memory."""
+"""On a real Ray: a worker that hangs, a driver killed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from distseg.training.run import RunDirectory
 from tests.faults.killing import TINY, Forked, command, gone, kin, rows, started, steps_done, until
 from tests.ray.test_ray_train import processes, weights
 from tests.unit.tiny_cohort import make_cohort
@@ -43,7 +42,7 @@ def test_a_hung_worker_is_named_and_a_killed_driver_leaves_nobody(tmp_path: Path
 
         assert until(told, driver)
         faults = next((run / "ray").glob("*.faults")).read_text()
-        assert re.search(r"rank \d does not answer", faults), faults
+        assert re.search(r"(rank \d|worker \d:) does not answer", faults), faults
         before = steps_done(run)
         assert until(lambda: steps_done(run) < before or steps_done(run) > before + 20, driver)
         assert gone([hanging], within_s=60) == []
@@ -59,16 +58,3 @@ def test_a_hung_worker_is_named_and_a_killed_driver_leaves_nobody(tmp_path: Path
     for network in ("student", "teacher"):
         torch.testing.assert_close(weights(run, network), weights(tmp_path / "one", network), rtol=0, atol=1e-6)
     assert [row["step"] for row in rows(run)] == list(range(1, 401))
-
-
-def test_a_node_without_memory_is_told(tmp_path: Path) -> None:
-    """Ray's monitor believes that two per cent of the memory are all there is."""
-    run = tmp_path / "run"
-    words = on_ray(make_cohort(tmp_path / "cohort"), run, train__steps=2000)
-    monitor = {"RAY_memory_usage_threshold": "0.02", "RAY_memory_monitor_refresh_ms": "200"}
-    with started(words, **monitor) as driver:
-        said = driver.communicate(timeout=900)[0]
-        assert driver.returncode == 2, said[-3000:]
-        assert "out of memory" in said
-        assert gone(kin(driver.pid), within_s=60) == []
-    assert len(RunDirectory(run).metrics()) < 2000

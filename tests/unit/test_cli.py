@@ -256,12 +256,13 @@ class RayTaskLike(DataError):
     [
         (DataError("empty file", where="a.nii", fix="copy it again"), 2, "a.nii: empty file; copy it again\n"),
         (RayTaskLike(), 2, "a.nii: empty file\n"),
-        (
-            PermissionError(13, "Permission denied", "/srv/x"),
-            2,
-            "/srv/x: Permission denied; mend it and give the same command again, or another path\n",
-        ),
+        (PermissionError(13, "Permission denied", "/srv/x"), 2, "/srv/x: Permission denied; choose another path\n"),
         (OSError(28, "No space left on device"), 2, "No space left on device; make room; the same command goes on\n"),
+        (
+            OSError(5, "Input/output error", "x"),
+            2,
+            "x: Input/output error; the same command goes on once the storage answers\n",
+        ),
         (
             FinishedWithFailures("2 done", [("a", "bad"), ("b", "worse")]),
             3,

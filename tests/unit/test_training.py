@@ -913,7 +913,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(
 def test_a_run_that_is_not_finite_any_more_stops(cohort_path: str, tmp_path: Path) -> None:
     """After so many steps in a row, with a checkpoint from before."""
     settings = config(
-        cohort_path, tmp_path / "run", method="supervised", train__steps=9, train__stop_after_skipped=3,
+        cohort_path, tmp_path / "run", method="supervised", train__steps=9, train__skips_in_a_row=3,
         checkpoint__every_steps=2,
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
