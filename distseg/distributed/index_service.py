@@ -113,9 +113,10 @@ class IndexOwner:
     def find(self, version: int, queries: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
         return self._bank(version).finder.find(torch.from_numpy(queries.copy()), k).numpy()
 
-    def chosen(self, version: int) -> str:
-        """What this version's index is, and why, for the log."""
-        return self._bank(version).chosen
+    def chosen(self, version: int) -> str | None:
+        """What this version's index is, and why, for the log; None where the version has gone, as who asks is late."""
+        with self._lock:  # lest it goes between the two
+            return self._bank(version).chosen if self._folder.has(version) else None
 
     def discard(self, before: int | None, after: int | None) -> None:
         with self._lock:

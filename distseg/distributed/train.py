@@ -178,8 +178,10 @@ def _follow(
         for row in rows:
             if owner is not None:  # once: which index serves, and why
                 version = version_serving(row["step"], config.references.every_steps)
-                reporter.note(f"bank: {ray.get(owner.chosen.remote(version))}")
-                owner = None
+                chosen = ray.get(owner.chosen.remote(version))
+                if chosen is not None:
+                    reporter.note(f"bank: {chosen}")
+                    owner = None
             reporter.step(row, config.train.steps)
         lines = faults.read_text().splitlines() if faults.exists() else []
         for line in lines[told:]:

@@ -73,6 +73,7 @@ def train_rank(
         if session.first_step <= config.train.steps:
             train_session(session, communicator, reporter)
         if leads:
+            _prune(session)  # a run killed between its last checkpoint and this has not
             _write_model(session)
     communicator.barrier()
     return TrainResult(config.run, config.train.steps, session.first_step - 1, session.run.last_metrics() or {})
@@ -211,6 +212,11 @@ def _checkpoint(session: Session, step: int) -> None:
     )
     session.run.sync_metrics()  # on disk before the checkpoint that follows them
     save_checkpoint(session.run.checkpoints, checkpoint)
+    _prune(session)
+
+
+def _prune(session: Session) -> None:
+    """Remove checkpoints and versions of the bank that nothing will ask for any more. Rank 0 only."""
     best = _best_step(session.run) if session.config.train.select == "val" else None
     spare = {best} if best is not None else set()
     prune_checkpoints(session.run.checkpoints, keep=session.config.checkpoint.keep, spare=spare)

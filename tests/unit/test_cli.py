@@ -342,7 +342,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("distseg tr", "train"),
         ("distseg train method=u", "method=uamt"),
-        ("distseg train train.st", "train.steps="),
+        ("distseg train train.ste", "train.steps="),
         ("distseg evaluate net", "network="),
     ],
 )

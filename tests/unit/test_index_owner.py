@@ -86,3 +86,13 @@ def test_discarded_versions_are_gone(tmp_path: Path, before: int | None, after: 
         assert ours.find(version, np.zeros((1, 3), np.float32), 1).shape == (1, 2, 1)
     ours.discard(before, after)
     assert [version for version in range(3) if ours.ready(version)[0]] == left
+
+
+def test_a_version_that_has_gone_has_nothing_to_say(tmp_path: Path) -> None:
+    """The driver's follower may ask for a version that was pruned since its step was written."""
+    ours = owner(tmp_path)
+    for version in (0, 1):
+        ours.offer(version, 20 * version, share(pieces(version)), 0, 1)
+    assert "24 rows" in str(ours.chosen(0))
+    ours.discard(before=1, after=None)
+    assert (ours.chosen(0), "24 rows" in str(ours.chosen(1))) == (None, True)

@@ -966,8 +966,9 @@ def test_notes_reach_the_reporter(cohort_path: str, tmp_path: Path) -> None:
     """A patch larger than a scan is padded, and the run says so."""
     reporter = Quiet()
     train(config(cohort_path, tmp_path / "run", sampling__patch_zyx=[24, 8, 8], train__steps=1), reporter)
-    assert "8 of 8 scans are smaller than a patch and are padded" in reporter.notes
     assert "largest component of hip, femur, each in one piece in 6 labelled scans" in reporter.notes[0]
+    assert reporter.notes[1] == "8 of 8 scans are smaller than a patch and are padded"
+    assert reporter.notes[2].startswith("patches are read by ")
 
 
 def test_a_patch_that_shrinks_to_one_voxel_is_refused(cohort_path: str, tmp_path: Path) -> None:
