@@ -1,4 +1,4 @@
-"""Long tests of a real Ray, each in a process of its own.
+"""Long tests of a real Ray, and those marked `own_process`, each in a process of its own.
 
 Ray keeps state in its process: whether tokens are asked for, the cluster that tokens were made for, what its workers
 inherit of the environment. A test of a cluster without tokens would leave the next one unable to start.
@@ -21,9 +21,10 @@ _SHOWN = 10_000  # characters of what a process said that ended without a report
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     long = item.get_closest_marker("slow") or item.get_closest_marker("chaos")
-    if not (long and item.get_closest_marker("ray")) or _REPORTS in os.environ:
+    apart = item.get_closest_marker("own_process") or item.get_closest_marker("ray")
+    if not (long and apart) or _REPORTS in os.environ:
         return None
     if item.config.pluginmanager.hasplugin("timeout"):
         item.ihook.pytest_timeout_cancel_timer(item=item)  # the process has its own
@@ -31,6 +32,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in _reports_of(item):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    item.session._setupstate.teardown_exact(nextitem)  # of fixtures that its module shared with the item before it
     return True
 
 

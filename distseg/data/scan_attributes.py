@@ -12,7 +12,7 @@ from distseg.data.volume import Geometry, NativeGrid, shape3
 # What reading attributes raises where they hold something else than they should.
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError)
 
-_FAR_MM = 1e7
+_FAR_MM = 1e100  # a scanner's nonsense is a scan; what overflows in computing with it is none
 
 
 def parse_all(attrs: Mapping[str, Any]) -> None:

@@ -170,11 +170,11 @@ def _follow(
     owner: Any,
     faults: Path,
 ) -> None:
-    offset = run.metrics_file.stat().st_size if run.metrics_file.exists() else 0  # what was said before is not news
+    _, position = run.metrics_from(None)  # what was said before is not news
     told = 0
     while True:
         finishing = done.wait(_POLL_S)
-        rows, offset = run.metrics_from(offset)
+        rows, position = run.metrics_from(position)
         for row in rows:
             if owner is not None:  # once: which index serves, and why
                 version = version_serving(row["step"], config.references.every_steps)

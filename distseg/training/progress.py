@@ -27,7 +27,7 @@ class TerminalReporter:
             console=self._console,
             disable=not enabled,
         )
-        self._told: set[str] = set()  # each alarm once
+        self._told: set[str] = set()  # each alarm and each skipped step once
         self._rows: deque[Mapping[str, Any]] = deque(maxlen=WINDOW)
         self._task = self._progress.add_task(title, total=None, figures="starting")
 
@@ -46,7 +46,10 @@ class TerminalReporter:
             self._told.add(name)
             self.note(alarm_text(name, self._rows))
         if "not_finite" in row:
-            self.note(f"step {row['step']} skipped: {row['not_finite']}")
+            text = f"step {row['step']} skipped: {row['not_finite']}"
+            if text not in self._told:  # a driver reads lines again that were cut back and written anew
+                self._told.add(text)
+                self.note(text)
         self._progress.update(self._task, total=total_steps, completed=row["step"], figures=figures(row))
 
     def checkpoint(self, step: int) -> None:

@@ -39,6 +39,13 @@ class StoredRun(NamedTuple):
     plan: Plan
 
 
+class Position(NamedTuple):
+    """Of a reader in metrics.jsonl. Cutting replaces the file, so a byte of it says nothing without its inode."""
+
+    inode: int
+    offset: int
+
+
 class RunDirectory:
     """Paths and small files of one run. Rank 0 writes."""
 
@@ -115,17 +122,18 @@ class RunDirectory:
         with self.metrics_file.open("rb") as file:
             os.fsync(file.fileno())
 
-    def metrics_from(self, offset: int) -> tuple[list[dict[str, Any]], int]:
-        """Whole lines from byte `offset` on, and where they end, of a file that is being written to; from its beginning
-        where it was cut meanwhile."""
+    def metrics_from(self, position: Position | None) -> tuple[list[dict[str, Any]], Position | None]:
+        """Whole lines after `position`, and where they end, of a file that is being written to; all of them from its
+        beginning where another has taken its place meanwhile, cut back to a checkpoint."""
         try:
             with self.metrics_file.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                offset = file.seek(offset if offset <= size else 0)
+                inode = os.fstat(file.fileno()).st_ino
+                begin = file.seek(position.offset if position is not None and position.inode == inode else 0)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
-            return [], 0
-        return [json.loads(line) for line in whole.splitlines()], offset + len(whole) + len(newline)
+            return [], None
+        end = Position(inode, begin + len(whole) + len(newline))
+        return [json.loads(line) for line in whole.splitlines()], end
 
     def last_metrics(self) -> dict[str, Any] | None:
         """The last whole line, read from the end of a file that may be long and still be written to."""

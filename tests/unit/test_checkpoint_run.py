@@ -185,6 +185,23 @@ def test_metrics_are_cut(tmp_path: Path) -> None:
     assert run.last_metrics() == {"step": 3}
 
 
+def test_metrics_are_followed(tmp_path: Path) -> None:
+    """New lines once each; all of a file that was cut back and has grown past where the old one was read."""
+    run = RunDirectory(tmp_path)
+    assert run.metrics_from(None) == ([], None)
+    for step in (1, 2, 3):
+        run.append_metrics({"step": step})
+    rows, position = run.metrics_from(None)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 4')
+    assert run.metrics_from(position) == ([], position)
+    run.cut_metrics(1)
+    for step in (2, 3, 4):
+        run.append_metrics({"step": step, "more": step})
+    assert [row["step"] for row in run.metrics_from(position)[0]] == [1, 2, 3, 4]
+
+
 def test_last_metrics_of_a_long_file(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     for step in range(400):

@@ -266,6 +266,7 @@ class Mostly:
 
 
 @pytest.mark.slow
+@pytest.mark.own_process
 def test_memory_is_a_plus_a_byte_a_voxel(tmp_path: Path) -> None:
     """All of it, of the process: slabs, network, planes that wait, both files written, by the kernel's high-water mark.
     A full-volume float of one class alone would be four bytes a voxel."""
