@@ -157,7 +157,7 @@ def _read(path: Path) -> tuple[NativeGrid, npt.NDArray[Any]]:
             header = _header(file, name)
             native = _native_grid(header, name, file_nbytes)
             # No memory map: its pages would count as this process' memory.
-            voxels: Any = nib.arrayproxy.ArrayProxy(file, header, mmap=False)  # type: ignore[no-untyped-call]
+            voxels: Any = nib.arrayproxy.ArrayProxy(file, header, mmap=False)  # type: ignore[no-untyped-call]  # nibabel's
             array = read_narrow(voxels, native, name=name)
             if name.lower().endswith(".gz"):
                 _read_to_end(file, name)

@@ -163,7 +163,7 @@ class Method(ABC):
 
         `generators`: one for every (head pass, slot), or None for torch's global one.
         """
-        raise NotImplementedError(f"{type(self).__name__} makes no heads")
+        raise TypeError(f"{type(self).__name__} makes no heads")
 
     def head_terms(self, seen: StudentPass, batch: Batch) -> Terms:
         """The terms that need the heads' output."""

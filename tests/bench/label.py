@@ -16,14 +16,16 @@ to 20 scans. One thread a process. Keys:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -200,46 +202,38 @@ class _Watched:
     def close(self) -> None: ...
 
 
-class _recording:  # noqa: N801  # used as a context, like contextlib's own
+@contextlib.contextmanager
+def _recording(replays: list[Callable[[], object]]) -> Iterator[None]:
     """Inside, the passes of every batch of windows are noted as functions that run them again."""
+    kind = teacher_passes.TeacherPasses
+    before_run, before_embeddings = kind._run, kind.embeddings
 
-    def __init__(self, replays: list[Callable[[], object]]) -> None:
-        self.replays = replays
+    def _run(self: Any, windows: Any, numbers: Any) -> torch.Tensor:
+        images, s = torch.stack(list(windows))[:, None].clone(), self._settings
 
-    def __enter__(self) -> None:
-        kind, replays = teacher_passes.TeacherPasses, self.replays
-        self.before = kind._run, kind.embeddings
+        def again() -> None:
+            with torch.inference_mode():
+                for _ in pass_outputs(
+                    self._teacher, images, passes=s.passes, noise_sigma=s.noise_sigma,
+                    generators=self._generators(numbers),
+                ):  # fmt: skip
+                    pass
 
-        def _run(self: Any, windows: Any, numbers: Any) -> torch.Tensor:
-            images, s = torch.stack(list(windows))[:, None].clone(), self._settings
+        replays.append(again)
+        return before_run(self, windows, numbers)
 
-            def again() -> None:
-                with torch.inference_mode():
-                    for _ in pass_outputs(
-                        self._teacher, images, passes=s.passes, noise_sigma=s.noise_sigma,
-                        generators=self._generators(numbers),
-                    ):  # fmt: skip
-                        pass
+    def embeddings(self: Any, windows: Any) -> torch.Tensor:
+        images = torch.stack(list(windows))[:, None].clone()
 
-            replays.append(again)
-            return before_run(self, windows, numbers)
+        def again() -> None:
+            with torch.inference_mode():
+                self._teacher(images)
 
-        def embeddings(self: Any, windows: Any) -> torch.Tensor:
-            images = torch.stack(list(windows))[:, None].clone()
+        replays.append(again)
+        return before_embeddings(self, windows)
 
-            def again() -> None:
-                with torch.inference_mode():
-                    self._teacher(images)
-
-            replays.append(again)
-            return before_embeddings(self, windows)
-
-        before_run, before_embeddings = self.before
-        kind._run, kind.embeddings = _run, embeddings  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        kind = teacher_passes.TeacherPasses
-        kind._run, kind.embeddings = self.before  # type: ignore[method-assign]
+    with mock.patch.object(kind, "_run", _run), mock.patch.object(kind, "embeddings", embeddings):
+        yield
 
 
 def _untrained_run(scratch: Path) -> str:

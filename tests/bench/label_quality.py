@@ -14,12 +14,15 @@ scans:
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -66,46 +69,46 @@ def _labelled(trained: str, cohort: str, folder: Path) -> list[dict[str, float]]
         return dataclasses.replace(found, scans=[scan for scan in found.scans if scan.scan_id in annotated])
 
     def labeller(task: Any) -> Any:
-        with _Watching() as seen:
+        with _watching() as seen:
             made = label_one(task)
-        scans.append(_compared(seen, np.asarray(opened.scan(task.scan_id).annotation[...])))  # type: ignore[index]
+        truth = opened.scan(task.scan_id).annotation
+        assert truth is not None, "annotated scans alone are labelled"
+        scans.append(_compared(seen, np.asarray(truth[...])))
         Console(stderr=True).print({"scan": task.scan_id, **scans[-1]})
         return made
 
-    before, driver.find_sources = driver.find_sources, annotated_only  # type: ignore[attr-defined]
-    try:
+    with mock.patch.object(driver, "find_sources", annotated_only):
         driver.label_cohort(
             run=trained, cohort=cohort, output=str(folder), settings=LabelSectionConfig(overlap=OVERLAP),
             executor=LocalExecutor(1), progress=False, labeller=labeller,
         )  # fmt: skip
-    finally:
-        driver.find_sources = before  # type: ignore[attr-defined]
     return scans
 
 
-class _Watching:
-    """Inside, the labels of the slabs that are counted are kept: the teacher's argmax, and what it became."""
+@dataclasses.dataclass
+class _Seen:
+    """Of the slabs of one scan: the teacher's argmax, what it became, and what trust/ says of it."""
 
-    def __enter__(self) -> _Watching:
-        self.teacher: list[np.ndarray] = []
-        self.label: list[np.ndarray] = []
-        self.codes: list[np.ndarray] = []
-        self.before = before = FactsOfPlanes.add
-        watching = self
-
-        def add(facts: Any, shares: Any, entropy: Any, *, label: Any, teacher: Any, codes: Any) -> None:
-            for kept, slab in ((watching.teacher, teacher), (watching.label, label), (watching.codes, codes)):
-                kept.append(slab.numpy().astype(np.uint8))
-            before(facts, shares, entropy, label=label, teacher=teacher, codes=codes)
-
-        FactsOfPlanes.add = add  # type: ignore[method-assign]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        FactsOfPlanes.add = self.before  # type: ignore[method-assign]
+    teacher: list[np.ndarray] = dataclasses.field(default_factory=list)
+    label: list[np.ndarray] = dataclasses.field(default_factory=list)
+    codes: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
-def _compared(seen: _Watching, truth: np.ndarray) -> dict[str, float]:
+@contextlib.contextmanager
+def _watching() -> Iterator[_Seen]:
+    """Inside, the slabs that are counted are kept too."""
+    seen, before = _Seen(), FactsOfPlanes.add
+
+    def add(facts: Any, shares: Any, entropy: Any, *, label: Any, teacher: Any, codes: Any) -> None:
+        for kept, slab in ((seen.teacher, teacher), (seen.label, label), (seen.codes, codes)):
+            kept.append(slab.numpy().astype(np.uint8))
+        before(facts, shares, entropy, label=label, teacher=teacher, codes=codes)
+
+    with mock.patch.object(FactsOfPlanes, "add", add):
+        yield seen
+
+
+def _compared(seen: _Seen, truth: np.ndarray) -> dict[str, float]:
     teacher, label, codes = (np.concatenate(slabs) for slabs in (seen.teacher, seen.label, seen.codes))
     if label.shape != truth.shape:
         raise ConfigError("the cohort is not on the run's grid", where="--cohort", value=truth.shape)

@@ -66,10 +66,10 @@ def again_s() -> float:
             with started(words, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1")) as process:
                 if number:
                     # The file is cut back to the checkpoint, then grows: a kill fell between two checkpoints.
-                    assert until(lambda: steps_done(root / "run") == kept, process)  # noqa: B023
-                    assert until(lambda: steps_done(root / "run") > kept, process)  # noqa: B023
+                    assert until(lambda kept=kept: steps_done(root / "run") == kept, process)
+                    assert until(lambda kept=kept: steps_done(root / "run") > kept, process)
                     seconds.append(time.monotonic() - begun)
-                assert until(lambda: steps_done(root / "run") >= before + 22, process)  # noqa: B023
+                assert until(lambda due=before + 22: steps_done(root / "run") >= due, process)
                 until(lambda: steps_done(root / "run") % 5 in (2, 3), process)
                 process.send_signal(signal.SIGKILL)
     return statistics.median(seconds)

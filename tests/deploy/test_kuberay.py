@@ -74,7 +74,7 @@ def crd(name: str) -> Any:
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_crds_schema_is_met(name: str) -> None:
-    crd(name).validate(manifest(name))
+    assert [error.message for error in crd(name).iter_errors(manifest(name))] == []
 
 
 @pytest.mark.parametrize(
@@ -96,15 +96,24 @@ def test_the_schema_catches_a_planted_mistake(path: tuple[Any, ...], value: Any)
         crd("raycluster").validate(broken)
 
 
+def refusal(resource: dict[str, Any]) -> str | None:
+    """What Kubernetes' own schema has against it."""
+    try:
+        kubernetes_validate.validate(resource, KUBERNETES, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return str(error.message)
+    return None
+
+
 @pytest.mark.parametrize("pod", ALL_PODS)
 def test_pods_are_kubernetes_own(pod: dict[str, Any]) -> None:
     whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": pod["spec"]}
-    kubernetes_validate.validate(whole, KUBERNETES, strict=True)
+    assert refusal(whole) is None
 
 
 def test_the_volume_is_kubernetes_own_and_shared() -> None:
     claim = manifest("storage")
-    kubernetes_validate.validate(claim, KUBERNETES, strict=True)
+    assert refusal(claim) is None
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
 

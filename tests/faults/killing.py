@@ -213,10 +213,10 @@ def kill_often(words: list[str], run: Path, *, kills: int, steps: int, seed: int
         half = {4: "checkpoints/.step_*", 6: "bank/.v_*"}.get(number % 7)
         process = Forked(words)
         # What is done again after a kill counts from the checkpoint on.
-        until(lambda: steps_done(run) < reached or checkpoint_step(run) == reached, process)  # noqa: B023
-        caught = until(lambda: steps_done(run) >= wanted, process)  # noqa: B023
+        until(lambda reached=reached: steps_done(run) < reached or checkpoint_step(run) == reached, process)
+        caught = until(lambda wanted=wanted: steps_done(run) >= wanted, process)
         if half is not None:
-            caught = until(lambda: next(run.glob(half), None) is not None, process, poll_s=0.0005)  # noqa: B023
+            caught = until(lambda half=half: next(run.glob(half), None) is not None, process, poll_s=0.0005)
         else:
             time.sleep(rng.random() * 0.05)
         stop = signal.SIGINT if number % 4 == 3 else signal.SIGKILL

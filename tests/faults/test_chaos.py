@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import itertools
 import os
 import random
 import re
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,11 @@ def test_storage_that_fails_and_dawdles(
     read, rng = patches.PatchReader._read, random.Random(3)
     words = train(cohort, tmp_path / "run", data__memory_gib=0)
     for _ in range(3):
-        left = [rng.randint(10, 35)]
+        good = itertools.repeat(True, rng.randint(10, 35))
 
-        def fails(reader: Any, *arguments: Any) -> Any:
-            left[0] -= 1  # noqa: B023
+        def fails(reader: Any, *arguments: Any, good: Iterator[bool] = good) -> Any:
             time.sleep(0.01)
-            if left[0] < 0:  # noqa: B023
+            if not next(good, False):
                 raise OSError(errno.EIO, "Input/output error", "cohort")
             return read(reader, *arguments)
 
@@ -144,7 +144,11 @@ def test_no_memory(
 def test_memory_that_is_really_not_there(cohort: str, tmp_path: Path) -> None:
     """A process that may not grow by more than a little, and a patch that needs more."""
     words = train(cohort, tmp_path / "run", sampling__patch_zyx="[96,96,96]", network__base_filters=16)
-    limited = "import resource, sys; from distseg.cli import main; import distseg.training.local; n = int(open('/proc/self/statm').read().split()[0]) * 4096 + 2**28; resource.setrlimit(resource.RLIMIT_AS, (n, n)); sys.exit(main(sys.argv[1:]))"  # fmt: skip  # noqa: E501
+    limited = (
+        "import resource, sys; from distseg.cli import main; import distseg.training.local; "
+        "n = int(open('/proc/self/statm').read().split()[0]) * 4096 + 2**28; "
+        "resource.setrlimit(resource.RLIMIT_AS, (n, n)); sys.exit(main(sys.argv[1:]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", limited, *words[words.index("distseg.cli") + 1 :]],
         cwd=ROOT,
@@ -203,7 +207,7 @@ def test_fewer_and_more_workers_go_on(cohort: str, tmp_path: Path) -> None:
             if stop_at is None:
                 assert launcher.wait() == 0
                 break
-            assert until(lambda: steps_done(run) >= stop_at, launcher)  # noqa: B023
+            assert until(lambda stop_at=stop_at: steps_done(run) >= stop_at, launcher)
             for pid in [launcher.pid, *kin(launcher.pid)]:
                 os.kill(pid, signal.SIGKILL)
     ours, theirs = (load_model(r).networks["student"].state_dict() for r in (run, tmp_path / "one"))
@@ -220,19 +224,8 @@ def test_ten_kills_of_ingest(tmp_path: Path) -> None:
     rng, kills, path = random.Random(7), 0, tmp_path / "k.zarr"
     index, committed = tmp_path / "k.index.jsonl", {}
     for number in range(10):
-        process = Forked(words["k"])
         wanted = number * 8 // 10  # of the nine scans
-
-        def there() -> bool:
-            return len(list(path.glob("*/zarr.json"))) > wanted  # noqa: B023
-
-        until(there, process)
-        time.sleep(rng.random() * 0.1)
-        family = kin(process.pid)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-        kills += process.wait() != 0
-        assert gone(family, within_s=30) == []
+        kills += killed_once(words["k"], lambda wanted=wanted: len(list(path.glob("*/zarr.json"))) > wanted, rng)
         whole = complete(path)
         assert committed.items() <= whole.items(), "a committed scan was done again"
         committed = whole
@@ -244,6 +237,19 @@ def test_ten_kills_of_ingest(tmp_path: Path) -> None:
     lines = [line for line in index.read_text().splitlines() if line]
     assert len(lines) == len(theirs.records) + lines_twice(lines)
     assert not list(path.rglob(".*partial*"))
+
+
+def killed_once(words: list[str], due: Callable[[], bool], rng: random.Random) -> bool:
+    """Start a command and SIGKILL it a moment after `due`; whether that came before its end. Nobody of it stays."""
+    process = Forked(words)
+    until(due, process)
+    time.sleep(rng.random() * 0.15)
+    family = kin(process.pid)
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGKILL)
+    ended_well = process.wait() == 0
+    assert gone(family, within_s=30) == []
+    return not ended_well
 
 
 def complete(path: Path) -> dict[str, int]:
@@ -265,19 +271,8 @@ def test_ten_kills_of_tune(cohort: str, tmp_path: Path) -> None:
     assert Forked(words["u"]).wait() == 0
     rng, kills, run = random.Random(9), 0, tmp_path / "k"
     for number in range(10):
-        process = Forked(words["k"])
         wanted = (number + 1) * 60 // 12  # of the warm-up's and four trials' steps
-
-        def done() -> bool:
-            return sum(file.read_bytes().count(b"\n") for file in run.rglob("metrics.jsonl")) >= wanted  # noqa: B023
-
-        until(done, process)
-        time.sleep(rng.random() * 0.2)
-        family = kin(process.pid)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-        kills += process.wait() != 0
-        assert gone(family, within_s=30) == []
+        kills += killed_once(words["k"], lambda wanted=wanted: steps_of_all(run) >= wanted, rng)
     assert Forked(words["k"]).wait() == 0
     assert kills >= 8
     told = [trials(tmp_path / name) for name in ("k", "u")]
@@ -285,6 +280,10 @@ def test_ten_kills_of_tune(cohort: str, tmp_path: Path) -> None:
     assert len(told[0]) == 4
     ours, theirs = (load_model(tmp_path / name / "best").networks["student"].state_dict() for name in ("k", "u"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def steps_of_all(run: Path) -> int:
+    return sum(file.read_bytes().count(b"\n") for file in run.rglob("metrics.jsonl"))
 
 
 def trials(run: Path) -> list[dict[str, str]]:

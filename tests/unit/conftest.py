@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from tests.unit import tiny_cohort
+from distseg.inference import whole_scan
+from tests.unit import bone_model, tiny_cohort
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +21,14 @@ def cohort_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 def poisoned_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same images, but the labels of scans c to f are noise: hidden truth that no training may notice."""
     return tiny_cohort.make_cohort(tmp_path_factory.mktemp("poisoned"), poisoned=("c", "d", "e", "f"))
+
+
+@pytest.fixture
+def bone_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A run whose model calls bone what is bright."""
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/model.json").write_text("{}")
+    monkeypatch.setattr(whole_scan, "load_model", bone_model.bone_model)
+    whole_scan.cached_model.cache_clear()
+    yield str(tmp_path / "run")
+    whole_scan.cached_model.cache_clear()

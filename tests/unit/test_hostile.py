@@ -27,6 +27,7 @@ from distseg.inference.model import load_model
 from distseg.training.checkpoint import list_checkpoints, load_checkpoint
 from distseg.training.local import train_local
 from distseg.training.run import RunDirectory
+from distseg.work.executor import LocalExecutor
 from distseg.work.label_cohort import label_cohort
 from tests.unit.test_label_cohort import SETTINGS
 from tests.unit.tiny_run import make_run
@@ -188,6 +189,8 @@ def test_three_hundred_hostile_files(stranger: Path, name: str) -> None:
     file, read = READERS[name]
     refused = fuzzed(stranger / file, lambda: read(stranger), times=300, rng=random.Random(f"{name} 2"))
     print(f"{file}: 300 tried, {refused} refused, {300 - refused} used")
+    assert refused > 0
+    read(stranger)  # the file as it was is back, and serves
 
 
 def test_weights_under_a_fitting_checksum(stranger: Path, tmp_path: Path) -> None:
@@ -281,7 +284,8 @@ def test_no_scan_leaves_its_folder(stranger: Path, tmp_path: Path, name: str) ->
     run = make_run(tmp_path)
     with pytest.raises(DataError, match="not a scan id we write"):
         label_cohort(
-            run=run, cohort=str(tmp_path / "c.zarr"), output=str(tmp_path / "o/p"), settings=SETTINGS, executor=None,  # type: ignore[arg-type]
+            run=run, cohort=str(tmp_path / "c.zarr"), output=str(tmp_path / "o/p"), settings=SETTINGS,
+            executor=LocalExecutor(1),
         )  # fmt: skip
     assert not (tmp_path / "escaped.nii.gz").exists()
 

@@ -2,64 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813  # its own documentation
-import torch
 from pydicom.uid import generate_uid
 
 from distseg.errors import DataError, InputError
-from distseg.inference import whole_scan
 from distseg.work.executor import LocalExecutor
 from distseg.work.predict import PredictReport, predict_files
 from tests.unit import dicom_writer as write
-
-OBLIQUE = (0.8, 0.6, 0.0, -0.48, 0.64, 0.6)
-
-
-class Bright(torch.nn.Module):
-    """Foreground where the image exceeds 4."""
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return SimpleNamespace(logits=torch.cat([4 - x, x - 4], dim=1))
+from tests.unit.bone_model import OBLIQUE, box
 
 
-class Hundredth:
-    def normalise(self, array: np.ndarray, **_: float) -> np.ndarray:
-        return np.asarray(array, np.float32) / 100
-
-
-@pytest.fixture(autouse=True)
-def _fake_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    model = SimpleNamespace(
-        networks={"student": Bright()},
-        patch_zyx=(4, 8, 8),
-        spacing_mm=(3.0, 2.0, 1.5),
-        class_names=("background", "bone"),
-        intensity=Hundredth(),
-        info=SimpleNamespace(whole_values=lambda _components: ()),
-    )
-    monkeypatch.setattr(whole_scan, "load_model", lambda _run: model)
-    whole_scan.cached_model.cache_clear()
-    yield
-    whole_scan.cached_model.cache_clear()
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> str:
-    (tmp_path / "run/model").mkdir(parents=True)
-    (tmp_path / "run/model/model.json").write_text("{}")
-    return str(tmp_path / "run")
-
-
-def predict(run: str, source: Path, output: Path) -> PredictReport:
+def predict(bone_run: str, source: Path, output: Path) -> PredictReport:
     return predict_files(
-        run=run,
+        run=bone_run,
         input=str(source),
         output=str(output),
         network="student",
@@ -70,20 +29,13 @@ def predict(run: str, source: Path, output: Path) -> PredictReport:
     )
 
 
-def box(seed: int) -> np.ndarray:
-    """[slices, rows, columns]: stored values of a bright box."""
-    array = np.full((7, 10, 12), 1000, np.uint16)
-    array[1 + seed : 5, 2:6, 3:9] = 1800
-    return array
-
-
-def test_masks_lie_on_the_series(run: str, tmp_path: Path) -> None:
+def test_masks_lie_on_the_series(bone_run: str, tmp_path: Path) -> None:
     root, out = tmp_path / "in", tmp_path / "out"
     write.series(root / "one", box(0), orientation=OBLIQUE)
     write.series(root / "two", box(1), prefix="a")
     write.series(root / "two", box(2), prefix="b", uid=generate_uid())
     write.series(root / "bad", box(0))[3].unlink()
-    report = predict(run, root, out)
+    report = predict(bone_run, root, out)
     names = sorted(path.name for path in out.glob("*.nii.gz"))
     assert [name.split("-")[0] for name in names] == ["one.nii.gz", "two_a0000.dcm", "two_b0000.dcm"]
     assert [name for name, _ in report.failed] == ["bad"]
@@ -94,30 +46,30 @@ def test_masks_lie_on_the_series(run: str, tmp_path: Path) -> None:
     for name in ("GetOrigin", "GetSpacing", "GetDirection"):
         assert getattr(mask, name)() == pytest.approx(getattr(image, name)(), abs=1e-4)
     assert np.array_equal(sitk.GetArrayFromImage(mask), sitk.GetArrayFromImage(image) > 400)
-    assert len(predict(run, root, out).skipped) == 3
+    assert len(predict(bone_run, root, out).skipped) == 3
 
 
-def test_one_series_or_one_file_into_one_mask(run: str, tmp_path: Path) -> None:
+def test_one_series_or_one_file_into_one_mask(bone_run: str, tmp_path: Path) -> None:
     write.series(tmp_path / "one", box(0))
-    assert len(predict(run, tmp_path / "one", tmp_path / "mask.nii.gz").written) == 1
+    assert len(predict(bone_run, tmp_path / "one", tmp_path / "mask.nii.gz").written) == 1
     positions = [(-20, -30, 100 + 3 * k) for k in range(7)]
     path = write.enhanced(tmp_path / "multi", box(0), positions=positions, scale=[(1, -1024)] * 7)
-    predict(run, path, tmp_path / "multi.nii.gz")
+    predict(bone_run, path, tmp_path / "multi.nii.gz")
     masks = [sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name))) for name in ("mask.nii.gz", "multi.nii.gz")]
     assert np.array_equal(masks[0], box(0) > 1400)
     assert np.array_equal(*masks)
     with pytest.raises(DataError, match=r"IM0002\.dcm: one slice"):
-        predict(run, tmp_path / "one/IM0002.dcm", tmp_path / "x.nii.gz")
+        predict(bone_run, tmp_path / "one/IM0002.dcm", tmp_path / "x.nii.gz")
 
 
-def test_inputs_that_are_refused(run: str, tmp_path: Path) -> None:
+def test_inputs_that_are_refused(bone_run: str, tmp_path: Path) -> None:
     write.series(tmp_path / "in/one", box(0))
     write.series(tmp_path / "in/two", box(0))
     with pytest.raises(InputError, match="output: series cannot go into one file"):
-        predict(run, tmp_path / "in", tmp_path / "x.nii.gz")
+        predict(bone_run, tmp_path / "in", tmp_path / "x.nii.gz")
     (tmp_path / "in/x.nii.gz").write_bytes(b"x")
     with pytest.raises(InputError, match="input: NIfTI and DICOM in one folder"):
-        predict(run, tmp_path / "in", tmp_path / "out")
+        predict(bone_run, tmp_path / "in", tmp_path / "out")
     write.rtstruct(tmp_path / "labels/rt.dcm", {"hip": []}, refers_to=None)
     with pytest.raises(InputError, match="no CT or MR series in the folder"):
-        predict(run, tmp_path / "labels", tmp_path / "out")
+        predict(bone_run, tmp_path / "labels", tmp_path / "out")
