@@ -96,22 +96,11 @@ def start_session(
         keep_large_buffers()
     precision = resolved_precision(config.train.precision, device)
     dtype = _DTYPES[precision]
-    student, heads = new_networks(config, make_method(config, num_classes=plan.num_classes), device=device, dtype=dtype)
-    optimizer = make_optimizer([*student.parameters(), *(heads.parameters() if heads else ())], config.optimizer)
-    teacher = make_teacher(student)
-    gradients = FlatGradients(optimizer.param_groups[0]["params"], slots=config.train.batch_size)
-    learner = Learner(student.train(), teacher, optimizer, gradients, heads)
-    checkpoint, branched = where_it_left_off(config, run)
-    first_step, offset = 1, 0
-    if checkpoint is not None:
-        take_over(learner, checkpoint, branched=branched)
-        for group in optimizer.param_groups:
-            group["betas"] = tuple(config.optimizer.betas)  # this run's, not those of the run it branches from
-        first_step = 1 if branched else checkpoint.step + 1
-        offset = checkpoint.schedule_step - (0 if branched else checkpoint.step)
+    learner = _new_learner(config, plan, device, dtype)
+    first_step, offset = _go_on(config, run, learner)
     if config.train.compile:
         check_compiler(config)
-        for network in (student, teacher):
+        for network in (learner.student, learner.teacher):
             compile_network(network)
     cohort = Cohort.open(config.cohort)
     reader = PatchReader(
@@ -137,7 +126,7 @@ def start_session(
             config=config,
             scan_ids=plan.labelled,
             num_classes=plan.num_classes,
-            width=student.embedding_width,
+            width=learner.student.embedding_width,
             communicator=communicator,
             device=device,
         )
@@ -164,6 +153,29 @@ def start_session(
         first_step=first_step,
         schedule_offset=offset,
     )
+
+
+def _new_learner(config: TrainRunConfig, plan: Plan, device: torch.device, dtype: torch.dtype) -> Learner:
+    """Networks, optimizer and gradients of a run at its beginning."""
+    method = make_method(config, num_classes=plan.num_classes)
+    student, heads = new_networks(config, method, device=device, dtype=dtype)
+    optimizer = make_optimizer([*student.parameters(), *(heads.parameters() if heads else ())], config.optimizer)
+    teacher = make_teacher(student)
+    gradients = FlatGradients(optimizer.param_groups[0]["params"], slots=config.train.batch_size)
+    return Learner(student.train(), teacher, optimizer, gradients, heads)
+
+
+def _go_on(config: TrainRunConfig, run: RunDirectory, learner: Learner) -> tuple[int, int]:
+    """Load what there is to go on from; the first step to do, and steps of the schedule that came before step 1."""
+    checkpoint, branched = where_it_left_off(config, run)
+    if checkpoint is None:
+        return 1, 0
+    take_over(learner, checkpoint, branched=branched)
+    for group in learner.optimizer.param_groups:
+        group["betas"] = tuple(config.optimizer.betas)  # this run's, not those of the run it branches from
+    if branched:
+        return 1, checkpoint.schedule_step
+    return checkpoint.step + 1, checkpoint.schedule_step - checkpoint.step
 
 
 def _settings(config: TrainRunConfig, device: torch.device, precision: str) -> StepSettings:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,15 +99,10 @@ def predict_files(
         check_class_names(cached_model(run, fingerprint)[0].class_names)
     inputs, failures, notes = find_inputs(Path(input), Path(output), format)
     made_by = {"model": fingerprint, "network": network, "overlap": overlap, "components": components, "label": None}
-    rule = None
-    if label is not None:
-        rule = rule_of(label, cached_model(run, fingerprint)[0].info)
-        made_by |= {
-            "network": "teacher",
-            "overlap": label.overlap,
-            "components": "all",
-            "label": dataclasses.asdict(rule),
-        }
+    rule = None if label is None else rule_of(label, cached_model(run, fingerprint)[0].info)
+    if label is not None and rule is not None:
+        by_label = {"network": "teacher", "overlap": label.overlap, "components": "all"}
+        made_by |= {**by_label, "label": dataclasses.asdict(rule)}
     record = None if is_mask(Path(output), format) else Path(output) / RECORD
     existing = {one.mask: one for one in inputs if one.mask.exists()}
     refuse_others_masks(existing, made_by, record)
@@ -131,29 +127,34 @@ def predict_files(
         if one.mask not in existing
     ]
     report = PredictReport(skipped=[str(mask) for mask in existing], failed=failures)
+    if existing:
+        notes = [*notes, f"{len(existing)} masks of this model and these inputs are there already and are kept"]
+    with progress_bar(progress) as bar:
+        for note in notes:
+            bar.console.print(f"note: {note}", highlight=False, markup=False)
+        _predict_all(tasks, report, record, executor, bar)
+    if len(inputs) == 1 and Path(input).is_file() and report.failed:
+        raise DataError(report.failed[0][1])
+    return report
+
+
+def _predict_all(
+    tasks: Sequence[_Task], report: PredictReport, record: Path | None, executor: Executor, bar: Progress
+) -> None:
+    """Fill `report`; what was staged and not shown goes again."""
+    running = bar.add_task("predict", total=len(tasks))
     try:
-        with progress_bar(progress) as bar:
-            for note in notes:
-                bar.console.print(f"note: {note}", highlight=False, markup=False)
-            if existing:
-                bar.console.print(
-                    f"{len(existing)} masks of this model and these inputs are there already and are kept"
-                )
-            running = bar.add_task("predict", total=len(tasks))
-            for outcome in executor.map(_predict_file, tasks, key=_input_name):
-                if outcome.error is not None:
-                    report.failed.append((outcome.key, outcome.error))
-                elif outcome.value is not None:
-                    report.written.append(_book(outcome.value, record))
-                bar.advance(running)
+        for outcome in executor.map(_predict_file, tasks, key=_input_name):
+            if outcome.error is not None:
+                report.failed.append((outcome.key, outcome.error))
+            elif outcome.value is not None:
+                report.written.append(_book(outcome.value, record))
+            bar.advance(running)
     finally:
         for task in tasks:
             Path(task.staged).unlink(missing_ok=True)
     report.written.sort()
     report.failed.sort()
-    if len(inputs) == 1 and Path(input).is_file() and report.failed:
-        raise DataError(report.failed[0][1])
-    return report
 
 
 def _predict_file(task: _Task) -> _Made:
