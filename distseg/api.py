@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from distseg.config.schema import (
+from distseg.config.schema import ResourcesConfig, TrainRunConfig
+from distseg.config.verbs import (
     BenchmarkConfig,
     CohortConfig,
     DemoConfig,
@@ -27,8 +28,6 @@ from distseg.config.schema import (
     LabelRuleConfig,
     LabelSectionConfig,
     PredictConfig,
-    ResourcesConfig,
-    TrainRunConfig,
     TuneRunConfig,
 )
 from distseg.errors import ConfigError, FinishedWithFailures

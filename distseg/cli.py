@@ -1,6 +1,6 @@
 """The command line: `distseg VERB [key=value ...]`. Composes the verb's config with Hydra, calls one function of `api`.
 
-Each verb is conf/VERB.yaml over its dataclass in `config.schema`; `preset`, `method` and `matching` are groups from
+Each verb is conf/VERB.yaml over its dataclass in `config.verbs`; `preset`, `method` and `matching` are groups from
 `config.presets`. Hydra writes nothing, changes no directory and logs nothing. Exit codes: 0 done, 1 a fault of ours,
 2 bad input or config (one line on stderr), 3 finished with failures (listed), 130 interrupted; DISTSEG_TRACEBACK=1
 adds the traceback. Imports stay inside functions: spawned processes import this module again.

@@ -52,9 +52,9 @@ class Verb:
         return self.name in ("train", "tune")
 
     def schema(self) -> type[Any]:
-        from distseg.config import schema
+        from distseg.config import verbs  # train's own among them
 
-        kind: type[Any] = getattr(schema, self.schema_name)
+        kind: type[Any] = getattr(verbs, self.schema_name)
         return kind
 
     def call(self, config: Any) -> None:

@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from distseg.config.checks import one_of
 from distseg.config.presets import MATCHINGS, METHODS, ON_GPU, PRESET_METHOD, PRESETS, default_preset
 from distseg.config.quoting import omegaconf_escaped
-from distseg.config.schema import TrainRunConfig, TuneRunConfig
+from distseg.config.schema import TrainRunConfig
+from distseg.config.verbs import TuneRunConfig
 from distseg.errors import ConfigError
 
 Config = TypeVar("Config")

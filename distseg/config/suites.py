@@ -31,8 +31,9 @@ from typing import Any
 from distseg.config.checks import one_of
 from distseg.config.compose import flatten, to_plain
 from distseg.config.presets import MATCHINGS, METHODS, PRESETS
-from distseg.config.schema import EvaluateConfig, TrainRunConfig
+from distseg.config.schema import TrainRunConfig
 from distseg.config.subsets import Name, Subset, parse_subsets
+from distseg.config.verbs import EvaluateConfig
 from distseg.config.yaml_sections import Section, mapping_of, read_yaml
 from distseg.errors import ConfigError
 

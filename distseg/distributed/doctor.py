@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from distseg.config.schema import DoctorConfig
+from distseg.config.verbs import DoctorConfig
 from distseg.distributed.cluster import connect
 from distseg.errors import InputError
 from distseg.work.doctor import disk_of, probe_folder

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distseg.config.schema import BenchmarkConfig
+from distseg.config.verbs import BenchmarkConfig
 from distseg.errors import FinishedWithFailures
 from distseg.training.local import train_local
 from distseg.work.benchmark_cells import Cell, CellJob, Evaluate, Train, evaluate_cell, job_name, run_cell

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distseg.config.compose import train_config
-from distseg.config.schema import BenchmarkConfig, EvaluateConfig, LoggingConfig, TrainRunConfig
+from distseg.config.schema import LoggingConfig, TrainRunConfig
 from distseg.config.subsets import Name
 from distseg.config.suites import Row, Suite
+from distseg.config.verbs import BenchmarkConfig, EvaluateConfig
 from distseg.errors import ConfigError, DistsegError, FinishedWithFailures
 from distseg.training.checkpoint import newest_step
 from distseg.training.run import RunDirectory, write_atomic

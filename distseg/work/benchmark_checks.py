@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 
 from distseg.config.compose import RECIPE, flatten, identity, recipe_hash, train_config
-from distseg.config.schema import BenchmarkConfig
 from distseg.config.subsets import Name
 from distseg.config.suites import Suite, load_suite
+from distseg.config.verbs import BenchmarkConfig
 from distseg.data.cohort import Cohort
 from distseg.errors import ConfigError, DataError, RunMismatchError
 from distseg.evaluation.compare import detectable_effect

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from distseg.config.compose import train_config
-from distseg.config.schema import DemoConfig, EvaluateConfig, IngestConfig, TrainRunConfig
+from distseg.config.schema import TrainRunConfig
+from distseg.config.verbs import DemoConfig, EvaluateConfig, IngestConfig
 from distseg.data.phantom import write_phantoms
 from distseg.errors import RunMismatchError
 from distseg.evaluation.report import number

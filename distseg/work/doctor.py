@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from distseg.config.schema import DoctorConfig
+from distseg.config.verbs import DoctorConfig
 from distseg.work.doctor_checks import (
     Finding,
     check_devices,

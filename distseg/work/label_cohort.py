@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from distseg.config.schema import LabelSectionConfig
+from distseg.config.verbs import LabelSectionConfig
 from distseg.inference.label_scan import LabelRule
 from distseg.inference.model import Model
 from distseg.inference.whole_scan import cached_model, model_fingerprint

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distseg.config.schema import LabelConfig
+from distseg.config.verbs import LabelConfig
 from distseg.data.label_output import KINDS
 from distseg.data.volume import Shape, Spacing
 from distseg.errors import FinishedWithFailures

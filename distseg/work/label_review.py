@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from distseg.config.schema import LabelSectionConfig
+from distseg.config.verbs import LabelSectionConfig
 from distseg.data.keys import Purpose, generator
 from distseg.data.label_output import ledger_path, read_ledger
 from distseg.data.place import write_text

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from distseg.config.schema import LabelRuleConfig
+from distseg.config.verbs import LabelRuleConfig
 from distseg.data.label_output import KINDS
 from distseg.data.plane_spool import PlaneSpool
 from distseg.inference.label_scan import Grids, LabelRule, Plane, label_scan

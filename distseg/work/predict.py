@@ -22,7 +22,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from distseg.config.schema import LabelRuleConfig
+from distseg.config.verbs import LabelRuleConfig
 from distseg.data.dicom.series import DicomSeries
 from distseg.data.dicom.write_segmentation import check_class_names, require_highdicom, write_segmentation
 from distseg.data.formats import ImageSource

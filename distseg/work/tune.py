@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from distseg.config.schema import TuneRunConfig
+from distseg.config.verbs import TuneRunConfig
 from distseg.errors import FinishedWithFailures
 from distseg.training.local import train_local
 from distseg.work.executor import Executor, available_cores

@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from distseg.config.compose import flatten, identity, recipe_hash, with_overrides
-from distseg.config.schema import OBJECTIVES, TrainRunConfig, TuneConfig, TuneRunConfig
+from distseg.config.schema import TrainRunConfig
 from distseg.config.spaces import Space, load_space
+from distseg.config.verbs import OBJECTIVES, TuneConfig, TuneRunConfig
 from distseg.data.cohort import Cohort
 from distseg.errors import ConfigError, DataError, RunMismatchError
 from distseg.training.branch import parent_plan

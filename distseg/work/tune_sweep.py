@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from distseg.config.compose import RECIPE, with_overrides
-from distseg.config.schema import OBJECTIVES, TrainRunConfig, TuneConfig, TuneRunConfig
+from distseg.config.schema import TrainRunConfig
 from distseg.config.spaces import Space
+from distseg.config.verbs import OBJECTIVES, TuneConfig, TuneRunConfig
 from distseg.errors import ConfigError
 from distseg.methods import passes_a_slot
 

@@ -34,7 +34,8 @@ from monai.inferers import sliding_window_inference
 from rich.console import Console
 
 from distseg.config.compose import train_config
-from distseg.config.schema import LabelSectionConfig, MatchingConfig
+from distseg.config.schema import MatchingConfig
+from distseg.config.verbs import LabelSectionConfig
 from distseg.data.cohort import Cohort
 from distseg.data.intensity import Intensity
 from distseg.data.nifti import read_nifti

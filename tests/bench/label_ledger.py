@@ -47,7 +47,7 @@ def run() -> dict[str, float]:
 def _stubs(scratch: str, sender: Any) -> None:
     import torch
 
-    from distseg.config.schema import LabelSectionConfig
+    from distseg.config.verbs import LabelSectionConfig
     from distseg.work import label_cohort as driver
     from distseg.work.executor import LocalExecutor
     from tests.bench.memory import peak_mib

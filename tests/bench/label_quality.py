@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from scipy.stats import spearmanr
 
-from distseg.config.schema import LabelSectionConfig
+from distseg.config.verbs import LabelSectionConfig
 from distseg.data.cohort import Cohort
 from distseg.data.label_output import committed_path
 from distseg.data.nifti import read_nifti

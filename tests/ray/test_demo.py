@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from distseg import api
-from distseg.config.schema import DemoConfig, ResourcesConfig, TrainRunConfig
+from distseg.config.schema import ResourcesConfig, TrainRunConfig
+from distseg.config.verbs import DemoConfig
 from distseg.errors import RunMismatchError
 from distseg.work import demo
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from distseg.config.schema import ResourcesConfig, TrainConfig, TrainRunConfig, TuneConfig
+from distseg.config.schema import ResourcesConfig, TrainConfig, TrainRunConfig
 from distseg.config.spaces import load_space
+from distseg.config.verbs import TuneConfig
 from distseg.distributed.cluster import check_resources
 from distseg.distributed.tune import room_for_trials
 from distseg.distributed.tune_scheduler import make_scheduler

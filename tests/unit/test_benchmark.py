@@ -17,8 +17,9 @@ import yaml
 
 from distseg import api
 from distseg.config.compose import recipe_hash
-from distseg.config.schema import METHOD_NAMES, BenchmarkConfig, EvaluateConfig, LoggingConfig, TrainRunConfig
+from distseg.config.schema import METHOD_NAMES, LoggingConfig, TrainRunConfig
 from distseg.config.suites import Suite, load_suite, parse_suite, suite_folder
+from distseg.config.verbs import BenchmarkConfig, EvaluateConfig
 from distseg.errors import ConfigError, DataError, DistsegError, FinishedWithFailures, InputError, RunMismatchError
 from distseg.evaluation.benchmark_curves import RunCurves, benchmark_curves
 from distseg.evaluation.benchmark_grids import comparison_grid, markdown, summary_grid

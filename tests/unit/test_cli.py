@@ -18,7 +18,7 @@ from distseg import api
 from distseg.cli import main
 from distseg.config.compose import train_config, tune_config
 from distseg.config.presets import METHODS, PRESETS
-from distseg.config.schema import PredictConfig
+from distseg.config.verbs import PredictConfig
 from distseg.doors import VERBS, Verb, literal_override, nearest_key
 from distseg.errors import ConfigError, DataError, FinishedWithFailures
 

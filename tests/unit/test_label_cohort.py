@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from distseg.cli import main
-from distseg.config.schema import LabelConfig, LabelSectionConfig
+from distseg.config.verbs import LabelConfig, LabelSectionConfig
 from distseg.data.cohort import Cohort
 from distseg.data.label_output import KINDS, ledger_path, read_identity, read_ledger
 from distseg.data.nifti import read_nifti

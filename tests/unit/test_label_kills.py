@@ -14,7 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import pytest
 
-from distseg.config.schema import LabelSectionConfig
+from distseg.config.verbs import LabelSectionConfig
 from distseg.data.label_output import ledger_path, read_ledger
 from distseg.work.executor import LocalExecutor
 from distseg.work.label_cohort import label_cohort

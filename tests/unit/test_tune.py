@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from distseg.config.compose import tune_config
-from distseg.config.schema import TrainRunConfig, TuneRunConfig
+from distseg.config.schema import TrainRunConfig
 from distseg.config.spaces import load_space, parse_space, space_folder
+from distseg.config.verbs import TuneRunConfig
 from distseg.errors import ConfigError, DataError, FinishedWithFailures, RunMismatchError
 from distseg.inference.model import load_model
 from distseg.training.local import train_local
