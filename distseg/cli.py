@@ -336,6 +336,10 @@ def _known(error: Exception) -> DistsegError | None:
         return cause
     if isinstance(error, DistsegError):
         return error
+    if isinstance(error, MemoryError):
+        return InputError(
+            "out of memory", fix="free some, or ask for less; dry_run=true tells what train and label take"
+        )
     if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
         return _environment_error(error.errno, error.strerror, error.filename)
     broken = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__module__.startswith("safetensors") else None

@@ -9,7 +9,8 @@ import torch
 
 from distseg.errors import InputError
 
-_TORCH_SAYS = "can't allocate memory"  # its allocator on a CPU, in a RuntimeError
+# In a RuntimeError: torch's allocator on a CPU; oneDNN, which has no word of its own for it.
+_TORCH_SAYS = ("can't allocate memory", "could not create a primitive")
 
 
 @contextmanager
@@ -18,7 +19,7 @@ def out_of_memory_told() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or _TORCH_SAYS in str(error):
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(said in str(error) for said in _TORCH_SAYS):
             raise InputError(
                 "out of memory",
                 where="train",

@@ -256,6 +256,7 @@ class RayTaskLike(DataError):
     [
         (DataError("empty file", where="a.nii", fix="copy it again"), 2, "a.nii: empty file; copy it again\n"),
         (RayTaskLike(), 2, "a.nii: empty file\n"),
+        (MemoryError(), 2, "out of memory; free some, or ask for less; dry_run=true tells what train and label take\n"),
         (PermissionError(13, "Permission denied", "/srv/x"), 2, "/srv/x: Permission denied; choose another path\n"),
         (OSError(28, "No space left on device"), 2, "No space left on device; make room; the same command goes on\n"),
         (
