@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -69,13 +69,16 @@ class Process(Protocol):
 
 
 class Forked:
-    """The command line in a process that begins with everything imported: a start costs a second less of each kill."""
+    """The command line in a process that begins with everything imported: a start costs a second less of each kill.
+
+    `hold_at`: a training that has written this step waits there, to be killed by whoever comes late.
+    """
 
     _context = multiprocessing.get_context("forkserver")
     _context.set_forkserver_preload(["tests.faults.killing", "distseg.training.local", "distseg.api"])
 
-    def __init__(self, words: list[str]) -> None:
-        self._process = self._context.Process(target=_main, args=(words,))
+    def __init__(self, words: list[str], hold_at: int | None = None) -> None:
+        self._process = self._context.Process(target=_main, args=(words, hold_at))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -89,12 +92,27 @@ class Forked:
         return self._process.exitcode
 
 
-def _main(words: list[str]) -> None:
+def _main(words: list[str], hold_at: int | None) -> None:
     from distseg.cli import main
 
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    if hold_at is not None:
+        _hold(hold_at)
     sys.exit(main(words[words.index("distseg.cli") + 1 :]))
+
+
+def _hold(step: int) -> None:
+    from distseg.training.run import RunDirectory
+
+    written = RunDirectory.append_metrics
+
+    def append_metrics(run: RunDirectory, row: Mapping[str, Any]) -> None:
+        written(run, row)
+        if row["step"] >= step:
+            time.sleep(DEADLINE_S)
+
+    RunDirectory.append_metrics = append_metrics  # type: ignore[method-assign]  # in this process alone
 
 
 def until(ready: Callable[[], bool], process: Process, *, poll_s: float = 0.002) -> bool:
@@ -191,6 +209,10 @@ def rows(run: Path) -> list[dict[str, object]]:
     return [{key: value for key, value in line.items() if not key.startswith("time_")} for line in lines]
 
 
+def half_written(run: Path, pattern: str) -> bool:
+    return next(run.glob(pattern), None) is not None
+
+
 @dataclass
 class Kills:
     """`lost`: steps that were done and are done again, a kill. `how`: each in words."""
@@ -211,21 +233,23 @@ def kill_often(words: list[str], run: Path, *, kills: int, steps: int, seed: int
         reached = steps_done(run)
         wanted = min(reached + rng.randint(1, 2 * max(1, (steps - reached) // (kills - number + 1))), steps - 1)
         half = {4: "checkpoints/.step_*", 6: "bank/.v_*"}.get(number % 7)
-        process = Forked(words)
+        process = Forked(words, hold_at=steps)
         # What is done again after a kill counts from the checkpoint on.
         until(lambda reached=reached: steps_done(run) < reached or checkpoint_step(run) == reached, process)
-        caught = until(lambda wanted=wanted: steps_done(run) >= wanted, process)
+        until(lambda wanted=wanted: steps_done(run) >= wanted, process)
         if half is not None:
-            caught = until(lambda half=half: next(run.glob(half), None) is not None, process, poll_s=0.0005)
+            until(lambda half=half: half_written(run, half) or steps_done(run) >= steps, process, poll_s=0.0005)
         else:
             time.sleep(rng.random() * 0.05)
         stop = signal.SIGINT if number % 4 == 3 else signal.SIGKILL
         if process.poll() is None:
             os.kill(process.pid, stop)
         code = process.wait()
-        assert code in ((0, 130) if stop == signal.SIGINT else (0, -signal.SIGKILL)), code
-        done.tried += code != 0
-        done.how.append(f"{stop.name} at {steps_done(run)}" + (f" in {half}" if half and caught else ""))
+        assert code == (130 if stop == signal.SIGINT else -signal.SIGKILL), code
+        done.tried += 1
+        done.how.append(
+            f"{stop.name} at {steps_done(run)}" + (f" in {half}" if half and half_written(run, half) else "")
+        )
         done.lost.append(steps_done(run) - checkpoint_step(run))
     assert Forked(words).wait() == 0
     return done

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import pytest
@@ -18,6 +19,7 @@ from distseg.config.verbs import LabelSectionConfig
 from distseg.data.label_output import ledger_path, read_ledger
 from distseg.work.executor import LocalExecutor
 from distseg.work.label_cohort import label_cohort
+from distseg.work.ledger import Ledger
 from tests.unit.test_label_cohort import contents, reviewed
 from tests.unit.tiny_cohort import AFFINE, scan_arrays
 from tests.unit.tiny_run import make_run
@@ -26,8 +28,18 @@ SCANS, KILLS, SEED = 100, 20, 0
 POOL_EVERY = 5  # of the drivers, one in so many has two worker processes, of which one is killed before it
 
 
-def drive(run: str, images: str, output: str, workers: int) -> None:
+def drive(run: str, images: str, output: str, workers: int, held: bool = False) -> None:
+    """The command, which waits to be killed before its last scan if `held`."""
     settings = LabelSectionConfig(overlap=0.0, review_scans=2)
+    if held:
+        commit = Ledger.commit
+
+        def waits_before_the_last(ledger: Ledger, *of_scan: Any) -> None:
+            if len(masks(Path(output))) == SCANS - 1:
+                time.sleep(600)
+            commit(ledger, *of_scan)
+
+        Ledger.commit = waits_before_the_last  # type: ignore[method-assign]  # in this process alone
     executor = LocalExecutor(workers, at_once=2)
     try:
         label_cohort(run=run, cohort=images, output=output, settings=settings, executor=executor, progress=False)
@@ -55,12 +67,12 @@ def test_twenty_kills_leave_what_no_kill_leaves(tmp_path: Path) -> None:
     run, context = make_run(tmp_path), multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["distseg.work.label_cohort"])
 
-    def start(output: Path, workers: int) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=drive, args=(run, str(images), str(output), workers))
+    def start(output: Path, workers: int, held: bool) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=drive, args=(run, str(images), str(output), workers, held))
         process.start()
         return process
 
-    undisturbed = start(tmp_path / "undisturbed", 1)
+    undisturbed = start(tmp_path / "undisturbed", 1, held=False)
     undisturbed.join()
     assert undisturbed.exitcode == 0
     rng, output = random.Random(SEED), tmp_path / "o"
@@ -68,7 +80,7 @@ def test_twenty_kills_leave_what_no_kill_leaves(tmp_path: Path) -> None:
     for kill in range(KILLS):
         workers = 2 if kill % POOL_EVERY == POOL_EVERY - 1 else 1
         wanted = min(len(committed) + rng.randint(1, 2 * SCANS // KILLS - 3), SCANS - 10)
-        driver = start(output, workers)
+        driver = start(output, workers, held=True)
         while driver.is_alive() and len(masks(output)) < wanted:
             time.sleep(0.002)
         time.sleep(rng.random() * 0.05)
