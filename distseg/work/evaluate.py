@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from distseg.data.cohort import Cohort, Scan
-from distseg.data.volume import resample_box
 from distseg.errors import FinishedWithFailures, InputError
-from distseg.evaluation.figures import Plane, central_index, plane_of, view_box
 from distseg.evaluation.metrics import ScoreRow, largest_components, score_scan, summarise
 from distseg.evaluation.report import ReportContent
 from distseg.inference.model import ModelInfo
 from distseg.inference.whole_scan import ScanIntensity, cached_model, model_fingerprint, segment_scan, use_threads
 from distseg.work.evaluation_folder import ScanResult, fill_folder, store_planes, swap_folder
 from distseg.work.executor import Executor, available_cores
+from distseg.work.native_planes import native_planes
 from distseg.work.predict import progress_bar
 
 NETWORKS = ("student", "teacher")
@@ -173,40 +170,15 @@ def _measure_scan(task: _Task) -> ScanResult:
         for component, variant in variants.items():
             scores = score_scan(variant, truth, spacing_mm=native.spacing_mm, class_names=model.class_names)
             rows += [ScoreRow(scan.scan_id, network, component, name, score) for name, score in scores.items()]
-    planes = _native_planes(scan, truth, masks[task.network])
+    planes = native_planes(
+        scan.image,
+        stored_spacing_mm=scan.geometry.spacing_mm,
+        native_spacing_mm=native.spacing_mm,
+        fill=scan.minimum,
+        first=truth,
+        second=masks[task.network],
+    )
     return ScanResult(tuple(rows), tuple(planes), scan.modality)
-
-
-def _native_planes(scan: Scan, truth: np.ndarray, prediction: np.ndarray) -> list[Plane]:
-    """Three planes on the native grid; of the stored image only the planes themselves are read."""
-    native = scan.native.geometry
-    centre_of = truth if truth.any() else prediction
-    box = view_box((truth > 0) | (prediction > 0), spacing_mm=native.spacing_mm)
-    planes = []
-    for axis in range(3):
-        index = central_index(centre_of, axis)
-        part = [slice(index, index + 1) if a == axis else side for a, side in enumerate(box)]
-        image = resample_box(
-            scan.image,
-            source_spacing_mm=scan.geometry.spacing_mm,
-            target_spacing_mm=native.spacing_mm,
-            start_zyx=[side.start for side in part],
-            size_zyx=[side.stop - side.start for side in part],
-            order=1,
-            fill=scan.minimum,
-        )
-        cut = [volume.squeeze(axis) for volume in (image, truth[tuple(part)], prediction[tuple(part)])]
-        planes.append(
-            plane_of(
-                axis,
-                index,
-                image=cut[0],
-                truth=cut[1],
-                prediction=cut[2],
-                spacing_mm=native.spacing_mm,
-            )
-        )
-    return planes
 
 
 def _metrics(

@@ -11,11 +11,11 @@ import numpy as np
 
 from distseg.data.label_output import CODE_STEP, committed_path
 from distseg.data.nifti import read_nifti
-from distseg.data.volume import resample_box
-from distseg.evaluation.figures import Plane, central_index, grey_window, plane_of, png_bytes, scan_figure, view_box
+from distseg.evaluation.figures import grey_window, png_bytes, scan_figure
 from distseg.evaluation.page import Picture
 from distseg.work.executor import Executor
-from distseg.work.label_sources import OpenScan, ScanSource, open_scan
+from distseg.work.label_sources import ScanSource, open_scan
+from distseg.work.native_planes import native_planes
 
 OUTLINED = ("in doubt", "label")
 
@@ -58,30 +58,13 @@ def _draw(task: _PictureTask) -> bytes:
     scan_id, output = task.source.scan_id, Path(task.output)
     mask = read_nifti(committed_path(output, "masks", scan_id)).array
     doubt = (read_nifti(committed_path(output, "trust", scan_id)).array >= CODE_STEP).astype(np.uint8)
-    planes = _planes(scan, mask, doubt)
+    planes = native_planes(
+        scan.image,
+        stored_spacing_mm=scan.geometry.spacing_mm,
+        native_spacing_mm=scan.native.geometry.spacing_mm,
+        fill=scan.intensity.minimum,
+        first=doubt,
+        second=mask,
+    )
     window = grey_window(np.concatenate([plane.image.ravel() for plane in planes]), scan.modality)
     return png_bytes(scan_figure(planes, window=window, names=OUTLINED))
-
-
-def _planes(scan: OpenScan, mask: np.ndarray, doubt: np.ndarray) -> list[Plane]:
-    """On the native grid; of a stored image only the planes themselves are read."""
-    native = scan.native.geometry
-    box = view_box((mask > 0) | (doubt > 0), spacing_mm=native.spacing_mm)
-    planes = []
-    for axis in range(3):
-        index = central_index(doubt if doubt.any() else mask, axis)
-        part = [slice(index, index + 1) if a == axis else side for a, side in enumerate(box)]
-        image = resample_box(
-            scan.image,
-            source_spacing_mm=scan.geometry.spacing_mm,
-            target_spacing_mm=native.spacing_mm,
-            start_zyx=[side.start for side in part],
-            size_zyx=[side.stop - side.start for side in part],
-            order=1,
-            fill=scan.intensity.minimum,
-        )
-        cut = [volume.squeeze(axis) for volume in (image, doubt[tuple(part)], mask[tuple(part)])]
-        planes.append(
-            plane_of(axis, index, image=cut[0], truth=cut[1], prediction=cut[2], spacing_mm=native.spacing_mm)
-        )
-    return planes

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from distseg.inference import whole_scan
 from tests.unit import bone_model, tiny_cohort
@@ -32,3 +33,12 @@ def bone_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     whole_scan.cached_model.cache_clear()
     yield str(tmp_path / "run")
     whole_scan.cached_model.cache_clear()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order, whatever the machine's cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

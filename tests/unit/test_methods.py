@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -41,12 +40,7 @@ SEMI_SUPERVISED = (*WITH_TEACHER, *WITH_HEADS)
 ZERO_WEIGHTS = {f"method.weight_{name}": 0.0 for name in ("ua", "nn", "en", "consistency", "sdf", "reconstruction")}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(name: str, *, num_classes: int = 2, **overrides: Any) -> Method:

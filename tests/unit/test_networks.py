@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,13 +19,7 @@ from distseg.networks.ema import make_teacher, update_teacher
 from distseg.networks.stochastic import add_noise, stochastic_logits
 from distseg.networks.unet import UNet3D
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(**more: object) -> UNet3D:
