@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from distseg.config.schema import TrainRunConfig
 from distseg.data.cohort import Cohort
@@ -13,10 +12,6 @@ from distseg.data.label_output import KINDS, committed_path, ledger_path, read_i
 from distseg.data.patches import PatchReader
 from distseg.data.pseudo_labels import PseudoLabels
 from distseg.errors import ConfigError, DataError, RunMismatchError
-
-if TYPE_CHECKING:
-    from distseg.training.plan import Plan
-    from distseg.training.run import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -58,24 +53,33 @@ def find_pseudo_labels(config: TrainRunConfig, cohort: Cohort, unlabelled: Seque
 
 
 def open_pseudo_labels(
-    config: TrainRunConfig, plan: Plan, cohort: Cohort, reader: PatchReader, run: RunDirectory
+    config: TrainRunConfig,
+    *,
+    scans: Sequence[str],
+    model: str,
+    spacing_mm: Sequence[float],
+    cohort: Cohort,
+    reader: PatchReader,
+    folder: Path,
 ) -> PseudoLabels | None:
-    """The plan's pseudo-labels; None for a run without. Raises RunMismatchError where another model has made them."""
-    if not plan.pseudo or config.data.pseudo_labels is None:
+    """Those of a plan's `scans`, which keep their voxels in `folder`; None for a run without.
+
+    Raises RunMismatchError where another model than the plan's has made them.
+    """
+    if not scans or config.data.pseudo_labels is None:
         return None
     output = Path(config.data.pseudo_labels)
-    model = read_identity(output)["model"]
-    if model != plan.pseudo_model:
+    made_by = read_identity(output)["model"]
+    if made_by != model:
         rule = "the model whose labels this run began with"
-        raise RunMismatchError("pseudo-labels of another model", where=output, value=model[:16], rule=rule)
-    folder = run.path / "pseudo"
+        raise RunMismatchError("pseudo-labels of another model", where=output, value=made_by[:16], rule=rule)
     folder.mkdir(exist_ok=True)
     return PseudoLabels(
         output,
-        scans=plan.pseudo,
+        scans=scans,
         cohort=cohort,
         reader=reader,
-        spacing_mm=plan.spacing_mm,
+        spacing_mm=spacing_mm,
         folder=folder,
         confidence=config.data.pseudo_confidence,
     )
