@@ -16,7 +16,7 @@ from distseg.data.limits import needing_room
 from distseg.data.place import folders, is_url, remove_folder, write_text
 from distseg.errors import DataError
 from distseg.work.line_file import write_lines
-from distseg.work.owner import owning
+from distseg.work.owner import Owner, owning
 from distseg.work.url_owner import owning_url
 
 SCAN_ATTRS = frozenset(("ome", "sha256", "native", "stored", "foreground"))  # what ingest writes, and no one else
@@ -103,25 +103,34 @@ def read_sources(path: Path) -> dict[str, str]:
     return {str(line["id"]): str(line["image"]) for line in read_lines(path)}
 
 
+@dataclass(frozen=True)
+class Writing:
+    """The cohort held for writing: `owner` says whether it still is; `staging` is an empty folder beside it, None
+    behind a URL."""
+
+    owner: Owner
+    staging: Path | None
+
+
 @contextlib.contextmanager
-def writing(cohort: Path) -> Iterator[Path | None]:
-    """Hold the cohort for writing; gives the empty staging folder beside it, None behind a URL. Raises InputError while
-    another does.
+def writing(cohort: Path) -> Iterator[Writing]:
+    """Hold the cohort for writing. Raises InputError while another does.
 
     COHORT.lock names the owner; see `distseg.work.owner` and `distseg.work.url_owner`.
     """
     if is_url(cohort):
-        with owning_url(beside(cohort, "lock"), what="cohort", name=cohort):
-            yield None
+        with owning_url(beside(cohort, "lock"), what="cohort", name=cohort) as owner:
+            yield Writing(owner, None)
         return
     staging = beside(cohort, "staging")
     with contextlib.ExitStack() as held:
         held.enter_context(needing_room("on its disk", cohort))
         cohort.parent.mkdir(parents=True, exist_ok=True)
-        held.enter_context(owning(beside(cohort, "lock"), what="cohort", name=cohort))
+        owner = held.enter_context(owning(beside(cohort, "lock"), what="cohort", name=cohort))
         shutil.rmtree(staging, ignore_errors=True)  # what a killed owner left
         staging.mkdir()
         try:
-            yield staging
+            yield Writing(owner, staging)
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if owner.is_mine():  # else it is another process's by now
+                shutil.rmtree(staging, ignore_errors=True)
