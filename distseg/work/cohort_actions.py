@@ -17,7 +17,8 @@ from distseg.data.cohort import (
     read_lines,
     sources_path,
 )
-from distseg.data.place import reachable, remove_folder
+from distseg.data.place import reachable
+from distseg.data.publish import take_out
 from distseg.errors import InputError
 from distseg.work.cohort_index import reconcile, writing
 from distseg.work.line_file import write_lines
@@ -71,7 +72,7 @@ def remove_scan(cohort: str, *, scan: str) -> None:
         records.pop(scan, None)
         folder = root / scan
         if held.staging is None:
-            remove_folder(folder)
+            take_out(folder)
         elif folder.is_dir():
             os.rename(folder, held.staging / scan)
             shutil.rmtree(held.staging / scan)

@@ -13,7 +13,8 @@ from typing import Any
 from distseg.data.cohort import ScanRecord, beside, index_path, read_attrs, read_index, read_lines
 from distseg.data.convert import record_of
 from distseg.data.limits import needing_room
-from distseg.data.place import folders, is_url, remove_folder, write_text
+from distseg.data.place import folders, is_url, write_text
+from distseg.data.publish import take_out
 from distseg.errors import DataError
 from distseg.work.line_file import write_lines
 from distseg.work.owner import Owner, owning
@@ -23,7 +24,8 @@ SCAN_ATTRS = frozenset(("ome", "sha256", "native", "stored", "foreground"))  # w
 
 
 def write_attrs(group: Path, changes: Mapping[str, Any]) -> None:
-    """`changes` into the attributes of a Zarr group, made if it is not there; atomically."""
+    """`changes` into the attributes of a Zarr group, made if it is not there; atomically. Raises OSError, with nothing
+    changed, where the storage does not say what is there."""
     group.mkdir(parents=True, exist_ok=True)
     write_text(group / "zarr.json", json.dumps(_group_node({**(read_attrs(group) or {}), **changes}), indent=2))
 
@@ -47,6 +49,8 @@ def reconcile(cohort: Path, *, trust_index: bool) -> Reconciled:
     deleted: what cannot be read may be a good scan on a bad disk, or not ours.
 
     `trust_index`: a scan the index knows is not opened again (a resumed ingest); otherwise every scan is read (repair).
+    So a replacement or removal that was cut off behind a URL is not noticed here: `convert_scan` looks before it leaves
+    a scan as it is, and `Scan` refuses to open it.
     """
     before = read_index(cohort) if trust_index else {}
     found = Reconciled()
@@ -64,7 +68,7 @@ def reconcile(cohort: Path, *, trust_index: bool) -> Reconciled:
         if record is not None:
             records[folder.name] = record
         else:
-            remove_folder(folder)
+            take_out(folder)
             found.dropped.append(folder.name)
     if not trust_index or records != before or not index_path(cohort).is_file():
         write_lines(index_path(cohort), (record.to_json() for _, record in sorted(records.items())))

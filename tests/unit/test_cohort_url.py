@@ -134,7 +134,7 @@ class StoreAwayError(Exception):
 
 
 @pytest.fixture
-def away(in_memory: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+def away(in_memory: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Reads of the store made by this thread fail while the list is not empty, one for each True in it; a False is a
     read that works. Other threads are not concerned."""
     monkeypatch.setattr(url_owner, "HEARTBEAT_S", 0.05)
@@ -149,7 +149,7 @@ def away(in_memory: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]
         return bytes(whole(self))
 
     monkeypatch.setattr(kind, "read_bytes", read_bytes)
-    yield plan
+    return plan
 
 
 def test_a_watcher_that_cannot_read_takes_no_living_lock_over(away: list[bool]) -> None:
@@ -224,6 +224,95 @@ def test_an_ingest_that_was_taken_over_writes_no_more(tmp_path: Path, in_memory:
     lock.unlink()
     report = ingest(source, path)
     assert (report.added, report.skipped) == (["c"], ["a", "b"])
+
+
+class Killed(LocalExecutor):
+    """Dies once the first scan is in the store, before it is written down."""
+
+    def map(self, *arguments: Any, **more: Any) -> Iterator[Any]:
+        next(iter(super().map(*arguments, **more)))
+        raise KeyboardInterrupt
+        yield
+
+
+def test_a_removal_that_is_cut_off_leaves_no_zeros_to_train_on(
+    tmp_path: Path, in_memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at each of its deletions: whoever opens the scan gets its voxels or a refusal, and either command again
+    ends it."""
+    source, path = labelled_source(tmp_path / "s"), tmp_path / "c.zarr"
+    ingest(source, path)
+    ingest(source, in_memory)
+    truth = Cohort.open(path).scan("a").image[...]
+    memory = type(fsspec.filesystem("memory"))
+    rm_file, left, refused, deletions = memory.rm_file, 0, 0, 0
+
+    def rm(self: Any, name: str) -> None:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        rm_file(self, name)
+
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "rm_file", rm)
+            left = deletions
+            try:
+                remove_scan(in_memory, scan="a")
+                break
+            except KeyboardInterrupt:
+                as_place(in_memory.replace(".zarr", ".lock")).unlink(missing_ok=True)
+        try:
+            assert np.array_equal(Cohort.open(in_memory).scan("a").image[...], truth)
+        except DataError as error:
+            assert "a: scan is not complete in the store" in str(error)
+            refused += 1
+        if deletions % 2:
+            report = ingest(source, in_memory)  # the original command notices
+            assert (report.added, report.skipped) == (["a"], ["b"])
+        else:
+            remove_scan(in_memory, scan="a")
+            assert not as_place(f"{in_memory}/a").exists()
+            ingest(source, in_memory)
+        check_against_local(source, in_memory, path)
+        deletions += 1
+    assert refused == deletions > 8
+    assert [record.scan_id for record in Cohort.open(in_memory).records] == ["b"]
+
+
+@pytest.mark.parametrize("killed", ["uploading", "uploaded"])
+def test_a_replacement_that_is_cut_off_and_the_old_source_again(
+    tmp_path: Path, in_memory: str, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    """The index still has the old scan, the store does not: nothing is left as it is unseen."""
+    source, path, image = labelled_source(tmp_path / "s"), tmp_path / "c.zarr", tmp_path / "s/imagesTr/a_0000.nii.gz"
+    ingest(source, path)
+    ingest(source, in_memory)
+    old = image.read_bytes()
+    image_file(image, seed=9)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if killed == "uploading":
+            patch.setattr(publish, "upload", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ingest(source, in_memory, executor=Killed(1))
+    image.write_bytes(old)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/a.nii.gz").write_bytes(old)
+    image_file(tmp_path / "plain/z.nii.gz", seed=4)
+    ((name, why),) = ingest(tmp_path / "plain", in_memory).failed
+    assert (name, why.split(";")[0]) == (
+        "a",
+        "a: the store no longer holds this scan as the index has it, with a label",
+    )
+    remove_scan(in_memory, scan="z")
+    report = ingest(source, in_memory)
+    assert (report.added, report.skipped) == (["a"], ["b"])
+    check_against_local(source, in_memory, path)
 
 
 def test_urls_that_cannot_be_read(tmp_path: Path, in_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
