@@ -6,6 +6,7 @@ RUN/ray/LAUNCH.faults.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import ray
@@ -23,7 +24,7 @@ class FaultLog(ray.train.UserCallback):
         self._file = file
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        with self._file.open("a") as lines:
+        with contextlib.suppress(OSError), self._file.open("a") as lines:  # a full disk is no fault of the controller
             for rank, error in sorted(worker_exceptions.items()):
                 lines.write(f"worker {rank}: {in_words(error)}\n")
 
@@ -43,9 +44,11 @@ def in_words(error: BaseException) -> str:
 
 def own_error(error: BaseException | None) -> DistsegError | None:
     """The DistsegError among an error's causes."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
         if isinstance(error, DistsegError):
             return error
+        seen.add(id(error))
         error = error.__cause__ or getattr(error, "cause", None)
     return None
 
@@ -57,8 +60,12 @@ def why_training_failed(error: ray.train.TrainingFailedError, max_failures: int)
         ours = own_error(failure)
         if ours is not None:
             return ours
-    if not failures:
-        return error
+    if not failures:  # Ray's controller: no resources for the workers, a node that is to go
+        behind = getattr(error, "controller_failure", None) or error
+        ours = own_error(behind)
+        if ours is not None:
+            return ours
+        return DistsegError(f"Ray could not run the workers: {in_words(behind)}; the same command resumes")
     told = "; ".join(f"worker {rank}: {in_words(failure)}" for rank, failure in sorted(failures.items()))
     if any(isinstance(failure, ray.exceptions.OutOfMemoryError) for failure in failures.values()):
         fix = "lower train.slots_per_pass, data.memory_gib or resources.workers, or take nodes with more memory"

@@ -33,7 +33,7 @@ from distseg.training.loop import TrainResult, set_threads, train_rank
 from distseg.training.progress import TerminalReporter
 from distseg.training.reduce import TorchDistributed
 from distseg.training.run import RunDirectory
-from distseg.training.setup import check_run, open_run
+from distseg.training.setup import check_run, make_directory
 
 # Ray's report() waits for the controller's next poll, 2 s apart by default (DESIGN section 6).
 _ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25", "RAY_TRAIN_V2_ENABLED": "1"}
@@ -50,9 +50,9 @@ def train_on_ray(config: TrainRunConfig, *, cpus_per_worker: int | None = None) 
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     resources = config.resources
-    check_run(config)  # bad input is told before Ray starts; a cluster too small, before a directory is made
+    run, plan = check_run(config)  # bad input is told before Ray starts
     with connect(workers=resources.workers, gpus_per_worker=resources.gpus_per_worker):
-        run, plan = open_run(config)
+        make_directory(run, config, plan)  # not for a cluster too small
         resumed_from = newest_step(run.checkpoints)
         cpus = cpus_per_worker or _cpus_per_worker(resources.workers)
         # Held: the actor lives as long as its handle.
@@ -83,7 +83,7 @@ def train_on_ray(config: TrainRunConfig, *, cpus_per_worker: int | None = None) 
                 ),
             ),
         )
-        with _watched(run, config, plan.notes, owner, faults):
+        with _watched(run, config, plan.notes, owner, faults, resumed_from):
             try:
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
@@ -143,7 +143,7 @@ def _share(cpus: int, gpus: float) -> dict[str, float]:
 
 @contextmanager
 def _watched(
-    run: RunDirectory, config: TrainRunConfig, notes: tuple[str, ...], owner: Any, faults: Path
+    run: RunDirectory, config: TrainRunConfig, notes: tuple[str, ...], owner: Any, faults: Path, resumed_from: int
 ) -> Iterator[None]:
     """The driver's progress bar: follows RUN/metrics.jsonl and `faults` as they are written. `owner`: of the bank, or
     None."""
@@ -153,7 +153,7 @@ def _watched(
             reporter.note(note)
         if config.resources.workers > 1:
             reporter.note(f"workers wait {config.train.worker_timeout_s} s for each other (train.worker_timeout_s)")
-        follower = threading.Thread(target=_follow, args=(run, config, reporter, done, owner, faults))
+        follower = threading.Thread(target=_follow, args=(run, config, reporter, done, owner, faults, resumed_from))
         follower.start()
         try:
             yield
@@ -169,13 +169,16 @@ def _follow(
     done: threading.Event,
     owner: Any,
     faults: Path,
+    resumed_from: int,
 ) -> None:
-    _, position = run.metrics_from(None)  # what was said before is not news
+    _, position = run.metrics_from(None)
     told = 0
     while True:
         finishing = done.wait(_POLL_S)
         rows, position = run.metrics_from(position)
         for row in rows:
+            if row["step"] <= resumed_from:  # no news: a file that is cut back is read anew
+                continue
             if owner is not None:  # once: which index serves, and why
                 version = version_serving(row["step"], config.references.every_steps)
                 chosen = ray.get(owner.chosen.remote(version))
@@ -185,7 +188,8 @@ def _follow(
             reporter.step(row, config.train.steps)
         lines = faults.read_text().splitlines() if faults.exists() else []
         for line in lines[told:]:
-            reporter.note(f"{line}; all workers start again from the newest checkpoint")
+            again = f"all workers start again from the newest checkpoint, {MAX_WORKER_FAILURES} times at most"
+            reporter.note(f"{line}; {again}")
         told = len(lines)
         if finishing:
             return

@@ -115,7 +115,11 @@ def image_diagonal_mm(shape: Sequence[int], spacing_mm: Sequence[float]) -> floa
 
 
 def largest_components(mask: np.ndarray, *, values: Iterable[int]) -> np.ndarray:
-    """The label mask [Z, Y, X] with only the largest component of each class in `values`; other classes stay."""
+    """The label mask [Z, Y, X] with only the largest component of each class in `values`; other classes stay. It is
+    `mask` itself where there is nothing to filter."""
+    values = tuple(values)
+    if not values:
+        return mask
     kept = mask.copy()
     boxes = ndimage.find_objects(mask)
     for value in values:

@@ -80,11 +80,13 @@ def _summary_table(content: ReportContent) -> str:
     networks = {metrics["network"]: metrics, **{k: metrics[k] for k in ("student", "teacher") if k in metrics}}
     body = []
     names = list(metrics["classes"])
+    filtered = metrics.get("keeps_largest_component", [])
+    as_predicted = f"as predicted, {len(filtered)} of {len(names)} filtered" if filtered else "as predicted"
     for structure in [*names, *(["mean of structures"] if len(names) > 1 else [])]:
         lines = [
             (network, kind, part["classes"].get(structure, part["mean"]))
             for network, whole in networks.items()
-            for kind, part in (("as predicted", whole), ("largest only", whole["largest_component"]))
+            for kind, part in ((as_predicted, whole), ("largest only", whole["largest_component"]))
         ]
         for i, (network, kind, entry) in enumerate(lines):
             first = f"<th scope=row rowspan={len(lines)}>{escape(structure)}" if i == 0 else ""

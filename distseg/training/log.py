@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,7 +58,7 @@ class StepLog:
         self._run, self._method, self._batch_size = run, method, config.train.batch_size
         self._clock, self._reporter, self._flush_steps = clock, reporter, flush_steps
         self._config, self._scan_ids = config, scan_ids
-        self._skipped = 0  # steps in a row
+        self._skipped = _skipped_last(run.metrics_from(None)[0], before=first_step)  # steps in a row
         self._pending: list[tuple[At, tuple[str, ...], Tensor, dict[str, float]]] = []
         self._waited_s, self._since = 0.0, time.perf_counter()
         self._alarms = Alarms(run.metrics()[-WINDOW:] if reporter is not None else ())
@@ -134,3 +135,9 @@ class StepLog:
         slots = [slot for slot in range(self._batch_size) if logged[f"broken/{slot}"]]
         scans = self._scan_ids(row["step"], slots or range(self._batch_size))
         return f"{', '.join(terms) or 'the gradient'} not finite on {', '.join(dict.fromkeys(scans))}"
+
+
+def _skipped_last(rows: Sequence[Mapping[str, Any]], *, before: int) -> int:
+    """How many steps in a row were skipped when step `before` begins; other ranks may see rows that are about to go."""
+    earlier = [row for row in rows if row["step"] < before]
+    return sum(1 for _ in itertools.takewhile(lambda row: "not_finite" in row, reversed(earlier)))

@@ -29,8 +29,8 @@ def patch_notes(
         if r.scan_id in ids and np.any(np.asarray(r.shape) * np.asarray(r.spacing_mm) < patch_mm)
     ]  # fmt: skip
     notes = [f"{len(small)} of {len(ids)} scans are smaller than a patch and are padded"] if small else []
-    if config.data.labeled_patches is not None:
-        return notes  # how large the object is, nobody has said
+    if config.data.labeled_patches is not None or config.train.init_from is not None:
+        return notes  # nobody has said how large the object is; or the spacing is the parent's
     object_mm = _object_mm(cohort, labelled[:MAX_SCANS])
     if np.prod(np.minimum(patch_mm / object_mm, 1)) < SEEN_LEAST:
         wanted = np.maximum(spacing_mm, np.ceil(object_mm / config.sampling.patch_zyx * 5) / 10)  # half of each side

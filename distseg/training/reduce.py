@@ -20,6 +20,8 @@ from distseg.errors import WorkersLostError
 
 LOGGED_CAPACITY = 64  # numbers beside the gradients
 ROLL_CALL_S = 20.0
+LINGER_S = 5.0  # that rank 0, in which the store may live, waits for the others to hear who is lost
+_NOT_OF_A_GROUP = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors of this rank's own
 
 
 class Communicator(Protocol):
@@ -71,11 +73,15 @@ class TorchDistributed:
         self._calls += 1
         try:
             yield
+        except _NOT_OF_A_GROUP:
+            raise
         except RuntimeError as error:  # all that torch.distributed raises
             why = str(error).splitlines()[0]
             lost = self._lost()
             if lost:
-                raise WorkersLostError(lost, f"it may hang or have died; {why}") from error
+                alone = len(lost) == 1
+                fate = "it may hang or have died" if alone else "one may hang or have died, and others wait for it"
+                raise WorkersLostError(lost, f"{fate}; {why}") from error
             raise
 
     def _lost(self) -> list[int]:
@@ -96,7 +102,10 @@ class TorchDistributed:
             store.set(keys[self.rank], "1")
             while not store.check(list(keys.values())) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            return [rank for rank, key in keys.items() if not store.check([key])]
+            lost = [rank for rank, key in keys.items() if not store.check([key])]
+            if lost and self.rank == 0:
+                time.sleep(LINGER_S)
+            return lost
         except RuntimeError:  # the store's
             return [0] if self.rank else []
 

@@ -106,13 +106,16 @@ class RunDirectory:
         if not self.metrics_file.exists():
             return
         kept = []
-        for line in self.metrics_file.read_text().splitlines():
+        before = self.metrics_file.read_text()
+        for line in before.splitlines():
             try:
                 if json.loads(line)["step"] <= last_step:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-        write_atomic(self.metrics_file, "".join(f"{line}\n" for line in kept))
+        after = "".join(f"{line}\n" for line in kept)
+        if after != before:
+            write_atomic(self.metrics_file, after)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with self.metrics_file.open("a") as file:

@@ -63,9 +63,14 @@ def open_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:
     Raises RunMismatchError if another run lives there, ConfigError or DataError where config and data do not fit.
     """
     run, plan = check_run(config)
-    if run.stored() is None:
-        run.create(config, plan)
+    make_directory(run, config, plan)
     return run, plan
+
+
+def make_directory(run: RunDirectory, config: TrainRunConfig, plan: Plan) -> None:
+    """Of what `check_run` returned, where it is not there."""
+    if not run.config_file.exists():
+        run.create(config, plan)
 
 
 def check_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from distseg.config.schema import TrainRunConfig
-from distseg.data.cohort import Cohort
+from distseg.data.cohort import Cohort, Scan
 from distseg.evaluation.metrics import largest_component
 
 WHOLE_SHARE = 0.95  # of a class's voxels in its largest component: what the filter may cost where a label is right
-MAX_SCANS = 32  # labels that are read to decide
+MAX_SCANS = 32  # of a class, labels that are read to decide
 
 
 def whole_classes(
@@ -20,7 +20,8 @@ def whole_classes(
     """Names of the classes to filter, and what to tell the user.
 
     With `postprocess.components=auto`, those with at least WHOLE_SHARE of their voxels in one component in each of the
-    labelled scans that have them. Where patches alone are labelled nobody knows, and nothing is filtered.
+    labelled scans that have them, of which MAX_SCANS are read. Where patches alone are labelled nobody knows, and
+    nothing is filtered.
     """
     foreground = tuple(cohort.class_names[1:])
     rule = config.postprocess.components
@@ -28,21 +29,24 @@ def whole_classes(
         return (foreground if rule == "largest" else ()), None
     if config.data.labeled_patches is not None:
         return (), None
-    scans = _spread(labelled, MAX_SCANS)
-    in_pieces: set[str] = set()
-    for scan_id in scans:
-        scan = cohort.scan(scan_id)
-        stored = scan.annotation
-        for name, found in scan.foreground.items():
-            if stored is None or name in in_pieces or not found.count:
-                continue
-            box = tuple(slice(a, b) for a, b in zip(*found.box, strict=True))
-            mask = np.asarray(stored[box]) == foreground.index(name) + 1
-            if largest_component(mask).sum() < WHOLE_SHARE * mask.sum():
-                in_pieces.add(name)
-    whole = tuple(name for name in foreground if name not in in_pieces)
-    note = f"masks keep the largest component of {', '.join(whole)}, each in one piece in {len(scans)} labelled scans"
-    return whole, f"{note} (postprocess.components=all turns it off)" if whole else None
+    chosen = set(labelled)
+    records = [record for record in cohort.records if record.scan_id in chosen]
+    whole = {}
+    for value, name in enumerate(foreground, start=1):
+        having = _spread([record.scan_id for record in records if record.voxels.get(name, 0)], MAX_SCANS)
+        if having and all(_is_whole(cohort.scan(scan_id), name, value) for scan_id in having):
+            whole[name] = len(having)
+    told = ", ".join(f"{name} (one piece in {count} labelled scans)" for name, count in whole.items())
+    note = f"masks keep the largest component alone of {told}; postprocess.components=all turns it off"
+    return tuple(whole), note if whole else None
+
+
+def _is_whole(scan: Scan, name: str, value: int) -> bool:
+    stored = scan.annotation
+    assert stored is not None, "labelled"
+    box = tuple(slice(a, b) for a, b in zip(*scan.foreground[name].box, strict=True))
+    mask = np.asarray(stored[box]) == value
+    return bool(largest_component(mask).sum() >= WHOLE_SHARE * mask.sum())
 
 
 def _spread(ids: Sequence[str], count: int) -> list[str]:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from distseg.config.compose import identity_hash
+from distseg.config.untrusted import read_yaml
 from distseg.errors import ConfigError, DataError
 from distseg.training.run import RunDirectory
 from distseg.work.benchmark_cells import Cell
@@ -23,7 +22,7 @@ class FinishedCells:
         self._folder = folder
         _check_measured_alike(folder, evaluated)
         self._runs: dict[str, Path] = {}
-        for run in sorted((folder / "cells").iterdir()):
+        for run in sorted((folder / "cells").glob("*")):
             stored = RunDirectory(run).stored()
             if stored is not None:
                 self._runs[identity_hash(stored.config)] = run
@@ -63,10 +62,10 @@ def how_measured(record: Mapping[str, Any]) -> dict[str, Any]:
 def _check_measured_alike(folder: Path, ours: Mapping[str, Any]) -> None:
     file = folder / "benchmark.yaml"
     try:
-        theirs = how_measured(yaml.safe_load(file.read_text(encoding="utf-8")))
+        theirs = how_measured(read_yaml(file, "benchmark.yaml"))
     except FileNotFoundError:
         raise ConfigError("no benchmark lives there", where="cells_from", value=folder) from None
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"unreadable: {type(error).__name__} {error}", where=file) from error
     for key, value in ours.items():
         if theirs.get(key) != value:

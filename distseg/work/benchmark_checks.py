@@ -20,6 +20,7 @@ import yaml
 from distseg.config.compose import RECIPE, flatten, identity, recipe_hash, train_config
 from distseg.config.subsets import Name
 from distseg.config.suites import Suite, load_suite
+from distseg.config.untrusted import read_yaml
 from distseg.config.verbs import BenchmarkConfig
 from distseg.data.cohort import Cohort
 from distseg.errors import ConfigError, DataError, RunMismatchError
@@ -106,7 +107,7 @@ def _stored(run: Path, suite: Suite, config: BenchmarkConfig, cohort: Cohort) ->
     if not file.is_file():
         return None
     try:
-        content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_yaml(file, "benchmark.yaml")
         if content["format"] != FORMAT:
             raise DataError("benchmark of another format", where=file, value=content["format"])
         if content["hash"] != suite.hash():
@@ -185,7 +186,7 @@ def _check_recipes(suite: Suite, phase_b: Sequence[Cell]) -> None:
             "differing recipes in one table",
             where=f"suite {suite.name}: rows.{cell.row} and rows.{first.row}",
             value="; ".join(f"{key}: {ours[key]} and {theirs[key]}" for key in keys[:3]),
-            rule="rows share data, network, sampling, augment, optimizer and train",
+            rule=f"rows share {', '.join(RECIPE)}",
             fix="set those keys under common, or compare in a suite of their own",
         )
 

@@ -72,8 +72,10 @@ def evaluate_run(
         rows, failed = _measure(tasks, executor, partial, progress=progress)
         if not rows:
             raise FinishedWithFailures(f"{run}: no scan could be measured, nothing was written", failed)
+        filtered = [model.class_names[value] for value in model.info.whole_values(components)]
+        counts = {"scans_without_annotation": skipped, "scans_failed": len(failed)}
         metrics = _metrics(
-            rows, model.info, split=split, cohort=opened, network=network, skipped=skipped, failed=failed
+            rows, model.info, split=split, cohort=opened, network=network, filtered=filtered, counts=counts
         )
         content = ReportContent(Path(run).resolve().name, model.info.method, metrics, rows, (), None, failed)
         fill_folder(partial, run, content)
@@ -214,8 +216,8 @@ def _metrics(
     split: str,
     cohort: Cohort,
     network: str,
-    skipped: int,
-    failed: Sequence[tuple[str, str]],
+    filtered: Sequence[str],
+    counts: dict[str, int],
 ) -> dict[str, Any]:
     """The content of metrics.json."""
     summaries = {
@@ -226,11 +228,11 @@ def _metrics(
         "split": split,
         "cohort": Path(cohort.path).name,  # not its path: folder names are names of patients
         "scans": len({row.scan_id for row in rows}),
-        "scans_without_annotation": skipped,
-        "scans_failed": len(failed),
+        **counts,
         "checkpoint": f"step_{info.step:07d}",
         "selected_by": info.checkpoint,
         "method": info.method,
         "network": network,
+        "keeps_largest_component": list(filtered),
     }
     return {**head, **summaries[network], **others}

@@ -14,6 +14,7 @@ is whole and has its line. Losing power may cost the lines of the last second; t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -45,13 +46,18 @@ class Ledger:
         new = not self._file_name.exists() or self._file_name.stat().st_size == 0
         if not new:
             _check_identity(self._file_name, identity)
-        self._file = open(self._file_name, "ab")  # noqa: SIM115  # closed by close()
-        self._synced = time.monotonic()
-        if new:
-            self._append({"format": FORMAT, "identity": dict(identity)})
         self.versions = self._recovered()
         self.staging = output / ".staging" / uuid.uuid4().hex[:12]
         self.staging.mkdir(parents=True)
+        self._file = open(self._file_name, "ab")  # noqa: SIM115  # closed by close()
+        self._synced = time.monotonic()
+        if new:
+            try:
+                self._append({"format": FORMAT, "identity": dict(identity)})
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.close()
+                raise
 
     def commit(self, scan_id: str, version: str, facts: Mapping[str, Any]) -> None:
         """Make a scan done whose files wait in `staging`."""
@@ -64,10 +70,13 @@ class Ledger:
         self._append({"failed": scan_id, "attempt": attempt, "why": why})
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        shutil.rmtree(self.staging.parent, ignore_errors=True)
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            with contextlib.suppress(OSError):  # on a full disk, what the flush has told already
+                self._file.close()
+            shutil.rmtree(self.staging.parent, ignore_errors=True)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         """Out of this process at once, so that killing it loses nothing; on the disk within a second."""

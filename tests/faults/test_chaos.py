@@ -25,6 +25,7 @@ from distseg.data import patches
 from distseg.data.cohort import Cohort
 from distseg.inference.model import load_model
 from distseg.training import loop
+from distseg.work import label_task
 from tests.faults.killing import ROOT, TINY, Forked, command, differences, gone, kin, started, steps_done, until
 from tests.unit.tiny_cohort import make_cohort, write_source
 
@@ -291,3 +292,68 @@ def trials(run: Path) -> list[dict[str, str]]:
         return [
             {k: v for k, v in row.items() if not re.search(r"(_s$|seconds|time)", k)} for row in csv.DictReader(file)
         ]
+
+
+def label(cohort: str, run: Path, output: Path) -> list[str]:
+    keys = {"launcher": "local", "label__passes": 2, "logging__progress": "false"}
+    return command("label", run=run, cohort=cohort, output=output, **keys)
+
+
+def made_by_label(output: Path) -> dict[str, bytes]:
+    """Every mask and trust map, and the table but its times."""
+    files = {str(file.relative_to(output)): file.read_bytes() for file in output.rglob("*.nii.gz")}
+    with (output / "scans.csv").open() as file:
+        lines = [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+    return {**files, "scans.csv": repr(lines).encode()}
+
+
+def test_a_full_disk_while_labelling(
+    cohort: str, undisturbed: Path, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert here(label(cohort, undisturbed, tmp_path / "u")) == 0
+    filler, words = small_disk / "filler", label(cohort, undisturbed, small_disk / "out")
+    for room in (6_000, 60_000):  # full at the first scan, and at a later one
+        filler.write_bytes(b"\0" * (free(small_disk) - room))
+        assert here(words) in (2, 3)
+        said = capsys.readouterr().err
+        assert "No space left on device" in said, said
+        assert "Traceback" not in said
+        filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    assert here(words) == 0
+    assert made_by_label(small_disk / "out") == made_by_label(tmp_path / "u")
+
+
+def test_a_full_disk_while_tuning(cohort: str, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("space=thresholds", "tune.trials=2", "tune.looks=2", "tune.validation_share=0.5", "train.steps=8")
+    words = command("tune", cohort=cohort, run=small_disk / "run", more=(*TINY, *small), tune__scheduler="none")
+    filler = small_disk / "filler"
+    filler.write_bytes(b"\0" * (free(small_disk) - 120_000))
+    assert here(words) in (2, 3)
+    said = capsys.readouterr().err
+    assert "No space left on device" in said, said
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    assert here(words) == 0
+    assert [row["state"] for row in trials(small_disk / "run")] == ["finished"] * 2
+
+
+def test_labelling_from_storage_that_fails(
+    cohort: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every third read of a scan fails, and takes its time; the same command goes on with what is not done."""
+    assert here(label(cohort, undisturbed, tmp_path / "u")) == 0
+    opened, calls = label_task.label_open_scan, itertools.count(1)
+
+    def fails(*arguments: Any, **more: Any) -> Any:
+        time.sleep(0.01)
+        if next(calls) % 3 == 0:
+            raise OSError(errno.EIO, "Input/output error", "cohort")
+        return opened(*arguments, **more)
+
+    words = label(cohort, undisturbed, tmp_path / "k")
+    with monkeypatch.context() as patch:
+        patch.setattr(label_task, "label_open_scan", fails)
+        assert here(words) in (0, 3)  # tried again, and set aside where that failed too
+    assert here(words) == 0
+    assert made_by_label(tmp_path / "k") == made_by_label(tmp_path / "u")

@@ -327,6 +327,10 @@ def test_what_cells_from_cannot_mean(start: Callable[..., Any], tmp_path: Path) 
     start(Fakes(whole=True), rows=["supervised"], seeds=[0])
     with pytest.raises(ConfigError, match=r"cells_from: no benchmark lives there"):
         start(Fakes(), run="none", cells_from=str(tmp_path / "nowhere"))
+    (tmp_path / "young").mkdir()
+    shutil.copy(tmp_path / "run/benchmark.yaml", tmp_path / "young")
+    with pytest.raises(ConfigError, match=r"cells_from: no finished cell of this suite there"):
+        start(Fakes(), run="none", cells_from=str(tmp_path / "young"))
     longer = content(phase_a={"method": "supervised", "steps": 4})
     with pytest.raises(ConfigError, match=r"cells_from: no finished cell of this suite there"):
         start(Fakes(), suite=longer, run="longer", cells_from=there)

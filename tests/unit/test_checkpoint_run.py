@@ -185,6 +185,16 @@ def test_metrics_are_cut(tmp_path: Path) -> None:
     assert run.last_metrics() == {"step": 3}
 
 
+def test_a_cut_that_cuts_nothing_leaves_the_file(tmp_path: Path) -> None:
+    """Who follows it would read all of it again."""
+    run = RunDirectory(tmp_path)
+    for step in (1, 2):
+        run.append_metrics({"step": step})
+    _, position = run.metrics_from(None)
+    run.cut_metrics(2)
+    assert run.metrics_from(position) == ([], position)
+
+
 def test_metrics_are_followed(tmp_path: Path) -> None:
     """New lines once each; all of a file that was cut back and has grown past where the old one was read."""
     run = RunDirectory(tmp_path)

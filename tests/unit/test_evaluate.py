@@ -281,6 +281,9 @@ def test_evaluate_measures_the_masks_of_predict(run: str, tmp_path: Path) -> Non
         metrics = evaluate(run, made, components=components)
         assert metrics["mean"]["dice"]["mean"] == pytest.approx(expected)
         assert metrics["largest_component"]["mean"]["dice"]["mean"] == 1.0
+        assert metrics["keeps_largest_component"] == (["bone"] if components == "model" else [])
+        report = (Path(run) / "evaluation/val/report.html").read_text()
+        assert ("as predicted, 1 of 1 filtered" in report) == (components == "model")
 
 
 def test_one_file_to_one_file_and_no_clobbering(run: str, tmp_path: Path) -> None:

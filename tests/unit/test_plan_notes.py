@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 
 from distseg.config.compose import train_config
 from distseg.data.cohort import Cohort
+from distseg.training import whole_classes as whole_classes_module
 from distseg.training.plan import make_plan
+from distseg.training.whole_classes import whole_classes
 from distseg.work.executor import LocalExecutor
 from distseg.work.ingest import ingest_cohort
 from tests.unit.tiny_cohort import AFFINE, scan_arrays, write_source
@@ -50,7 +53,27 @@ def test_classes_of_one_piece(
     plan = make_plan(config, cohort)
     assert plan.whole == whole
     told = [note for note in plan.notes if "largest component" in note]
+    assert all(f"{name} (one piece in 2 labelled scans)" in note for note in told for name in whole)
     assert bool(told) == (bool(whole) and config.postprocess.components == "auto")
+
+
+def test_a_rare_class_is_judged_by_the_scans_that_have_it(
+    cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One scan of each class is read, and only `a`, where it lies in pieces, has the femur."""
+    monkeypatch.setattr(whole_classes_module, "MAX_SCANS", 1)
+    records = [
+        record if record.scan_id == "a" else dataclasses.replace(record, voxels={**record.voxels, "femur": 0})
+        for record in cohort.records
+    ]
+    ids = ["c", "d", "e", "a"]
+    config = train_config(cohort=cohort.path, run=str(tmp_path / "run"), overrides={"data.labeled_ids": ids})
+    whole, note = whole_classes(config, dataclasses.replace(cohort, records=records), sorted(ids))
+    assert whole == ("hip",)
+    assert note is not None
+    assert "hip (one piece in 1 labelled scans)" in note
+    nobody = [dataclasses.replace(record, voxels={**record.voxels, "femur": 0}) for record in cohort.records]
+    assert whole_classes(config, dataclasses.replace(cohort, records=nobody), sorted(ids))[0] == ("hip",)
 
 
 def test_the_papers_preset_filters_nothing(cohort: Cohort, tmp_path: Path) -> None:
@@ -71,4 +94,6 @@ def test_a_patch_that_sees_too_little_is_told_with_a_spacing(cohort: Cohort, tmp
     half = [np.ceil(side / 2 / size * 10) / 10 for side, size in ((z, 16), (y, 8), (x, 8))]
     assert told.endswith(f"data.spacing_mm=[{','.join(f'{max(one, 0.5):g}' for one in half)}]")
     assert notes() == []
+    branch = {"data.spacing_mm": [0.5, 0.5, 0.5], "train.init_from": "parent"}
+    assert notes(**branch) == []  # the parent's spacing, and no other
     assert notes(**{"data.spacing_mm": [0.5, 0.5, 0.5], "data.labeled_patches": 200}) == []

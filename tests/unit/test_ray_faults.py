@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import ray
 import ray.train
 
-from distseg.distributed.faults import FaultLog, in_words, why_training_failed
+from distseg.distributed.faults import FaultLog, in_words, own_error, why_training_failed
 from distseg.errors import DistsegError, InputError, NonFiniteLossError, WorkersLostError
 
 NO_MEMORY = ray.exceptions.OutOfMemoryError("Memory on the node was 31 GiB / 32 GiB")
@@ -55,5 +56,23 @@ def test_why_a_training_failed() -> None:
     other = why_training_failed(failed(w1=ValueError("x")), 3)
     assert isinstance(other, DistsegError)
     assert str(other) == ("workers failed 4 times, so the run stops; worker 1: ValueError: x; the same command resumes")
-    unknown = ray.train.TrainingFailedError("no worker's")
-    assert why_training_failed(unknown, 3) is unknown
+    assert why_training_failed(ray.train.ControllerError(caused(own)), 3) is own
+    for error in (ray.train.ControllerError(ValueError("no node")), ray.train.TrainingFailedError("no node")):
+        unserved = why_training_failed(error, 3)
+        assert isinstance(unserved, DistsegError)
+        assert re.fullmatch(
+            r"Ray could not run the workers: \w+Error: no node; the same command resumes", str(unserved)
+        )
+        unserved.__cause__ = unserved  # as `raise ... from` could
+        assert own_error(unserved) is unserved
+
+
+def test_a_cycle_of_causes_ends() -> None:
+    one, two = ValueError("one"), ValueError("two")
+    one.__cause__, two.__cause__ = two, one
+    assert own_error(one) is None
+
+
+def test_a_full_disk_is_no_fault_of_the_controller(tmp_path: Path) -> None:
+    FaultLog(tmp_path / "gone" / "faults").after_exception(None, {0: ValueError("x")})
+    assert list(tmp_path.iterdir()) == []

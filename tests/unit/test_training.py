@@ -932,6 +932,8 @@ def test_a_run_that_is_not_finite_any_more_stops(cohort_path: str, tmp_path: Pat
             match=r"^step 5: loss_supervised not finite on [a-f]\+[a-f](, [a-f]\+[a-f])?; 3 steps in a row",
         ):
             train_rank(settings, communicator=SingleProcess(), reporter=Quiet())
+        with pytest.raises(NonFiniteLossError, match=r"^step 5: .*; 3 steps in a row"):  # 3 and 4 of before count
+            train_rank(settings, communicator=SingleProcess(), reporter=Quiet())
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
     kept = [load_checkpoint(folder) for folder in sorted((tmp_path / "run/checkpoints").glob("step_*"))]
     assert [checkpoint.step for checkpoint in kept] == [2, 4]
@@ -966,7 +968,7 @@ def test_notes_reach_the_reporter(cohort_path: str, tmp_path: Path) -> None:
     """A patch larger than a scan is padded, and the run says so."""
     reporter = Quiet()
     train(config(cohort_path, tmp_path / "run", sampling__patch_zyx=[24, 8, 8], train__steps=1), reporter)
-    assert "largest component of hip, femur, each in one piece in 6 labelled scans" in reporter.notes[0]
+    assert "largest component alone of hip (one piece in 6 labelled scans), femur" in reporter.notes[0]
     assert reporter.notes[1] == "8 of 8 scans are smaller than a patch and are padded"
     assert reporter.notes[2].startswith("patches are read by ")
 
