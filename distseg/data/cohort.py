@@ -210,7 +210,8 @@ class Cohort:
 
     @classmethod
     def open(cls, path: str | Path) -> Cohort:
-        """Raises InputError where there is no cohort, DataError where its index is missing or of another version."""
+        """Raises InputError where there is no cohort, DataError where its index is missing or of another version,
+        OSError where the storage does not answer."""
         root = reachable(path)
         attrs = read_attrs(root)
         if attrs is None:
@@ -280,10 +281,11 @@ def sources_path(cohort: Path) -> Path:
 
 
 def read_attrs(group: Path) -> dict[str, Any] | None:
-    """The attributes of a Zarr v3 group, None where there is none that can be read."""
+    """The attributes of a Zarr v3 group, None where there is none or it is damaged. Raises OSError where the storage
+    does not say: who takes that for "nothing there" would write over what is."""
     try:
         node = read_json(group / "zarr.json")
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
     attrs = node.get("attributes") if isinstance(node, dict) and node.get("node_type") == "group" else None
     return attrs if isinstance(attrs, dict) else None

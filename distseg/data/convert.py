@@ -20,7 +20,7 @@ import numpy.typing as npt
 import zarr
 
 from distseg.data.body import find_body
-from distseg.data.cohort import ScanRecord
+from distseg.data.cohort import ScanRecord, read_attrs
 from distseg.data.formats import Case
 from distseg.data.layout import image_attrs, write_array, write_labels, write_samples
 from distseg.data.limits import needing_room
@@ -65,14 +65,19 @@ class Converted:
 
 
 def convert_scan(task: ScanTask) -> Converted:
-    """Bring one case into the store. Raises DataError, in one line, for a file that cannot be used."""
+    """Bring one case into the store. Raises DataError, in one line, for a file that cannot be used, OSError where the
+    storage does not answer."""
     case = task.case
     image_sha256 = case.image.sha256()
     label_sha256 = None if case.label is None else case.label.sha256()
     if task.known is not None:
         kept = _already_there(task.known, case=case, image_sha256=image_sha256, label_sha256=label_sha256)
-        if kept is not None:
+        if kept is not None and _is_whole(as_place(task.cohort) / case.scan_id, kept):
             return Converted(kept, written=False)
+        if kept is not None and label_sha256 != kept.label_sha256:
+            fix = "ingest it again from the folder that has its label"
+            what = "the store no longer holds this scan as the index has it, with a label"
+            raise DataError(what, where=case.scan_id, rule="this folder has no label of it", fix=fix)
     volume = case.image.read()
     label = None if case.label is None else case.label.read(image=volume, classes=task.classes)
     image, annotation, stored = _on_stored_grid(volume, label, task.spacing_mm)
@@ -130,6 +135,14 @@ def _already_there(known: Known, *, case: Case, image_sha256: str, label_sha256:
         fix = "rename the case, or take the old scan out with distseg cohort action=remove"
         raise DataError("scan id is taken", where=case.scan_id, rule=rule, fix=fix)
     return None
+
+
+def _is_whole(scan: Path, record: ScanRecord) -> bool:
+    """Whether the store holds what the index says: behind a URL a replacement or removal may have been cut off."""
+    attrs = read_attrs(scan)
+    if attrs is None or attrs.get("complete") is not True:
+        return False
+    return (attrs.get("sha256"), attrs.get("label_sha256")) == (record.sha256, record.label_sha256)
 
 
 def _on_stored_grid(

@@ -22,7 +22,7 @@ AXES = ("z", "y", "x")
 
 
 def write_array(group: zarr.Group, name: str, data: npt.NDArray[Any]) -> None:
-    """`data` [Z, Y, X] as array `name` of the group, in the layout that RESULTS.md (Layout) chose."""
+    """`data` [Z, Y, X] as array `name` of the group, in the layout that RESULTS.md (Data at speed) chose."""
     chunks = shape3(min(CHUNK, n) for n in data.shape)
     shards = shape3(chunk * min(CHUNKS_PER_SHARD, -(-n // chunk)) for n, chunk in zip(data.shape, chunks, strict=True))
     array = group.create_array(

@@ -17,7 +17,8 @@ from distseg.data.cohort import (
     read_lines,
     sources_path,
 )
-from distseg.data.place import reachable, remove_folder
+from distseg.data.place import reachable
+from distseg.data.publish import take_out
 from distseg.errors import InputError
 from distseg.work.cohort_index import reconcile, writing
 from distseg.work.line_file import write_lines
@@ -66,15 +67,15 @@ def remove_scan(cohort: str, *, scan: str) -> None:
     """Take one scan out of store, index and sources. Raises InputError if there is no such scan."""
     root = reachable(cohort)
     Cohort.open(root).scan(scan)  # both raise for what is not there
-    with writing(root) as staging:
+    with writing(root) as held:
         records = read_index(root)
         records.pop(scan, None)
         folder = root / scan
-        if staging is None:
-            remove_folder(folder)
+        if held.staging is None:
+            take_out(folder)
         elif folder.is_dir():
-            os.rename(folder, staging / scan)
-            shutil.rmtree(staging / scan)
+            os.rename(folder, held.staging / scan)
+            shutil.rmtree(held.staging / scan)
         write_lines(index_path(root), (record.to_json() for record in records.values()))
         write_lines(sources_path(root), [line for line in read_lines(sources_path(root)) if line["id"] != scan])
 

@@ -13,17 +13,19 @@ from typing import Any
 from distseg.data.cohort import ScanRecord, beside, index_path, read_attrs, read_index, read_lines
 from distseg.data.convert import record_of
 from distseg.data.limits import needing_room
-from distseg.data.place import folders, is_url, remove_folder, write_text
+from distseg.data.place import folders, is_url, write_text
+from distseg.data.publish import take_out
 from distseg.errors import DataError
 from distseg.work.line_file import write_lines
-from distseg.work.owner import owning
+from distseg.work.owner import Owner, owning
 from distseg.work.url_owner import owning_url
 
 SCAN_ATTRS = frozenset(("ome", "sha256", "native", "stored", "foreground"))  # what ingest writes, and no one else
 
 
 def write_attrs(group: Path, changes: Mapping[str, Any]) -> None:
-    """`changes` into the attributes of a Zarr group, made if it is not there; atomically."""
+    """`changes` into the attributes of a Zarr group, made if it is not there; atomically. Raises OSError, with nothing
+    changed, where the storage does not say what is there."""
     group.mkdir(parents=True, exist_ok=True)
     write_text(group / "zarr.json", json.dumps(_group_node({**(read_attrs(group) or {}), **changes}), indent=2))
 
@@ -47,6 +49,8 @@ def reconcile(cohort: Path, *, trust_index: bool) -> Reconciled:
     deleted: what cannot be read may be a good scan on a bad disk, or not ours.
 
     `trust_index`: a scan the index knows is not opened again (a resumed ingest); otherwise every scan is read (repair).
+    So a replacement or removal that was cut off behind a URL is not noticed here: `convert_scan` looks before it leaves
+    a scan as it is, and `Scan` refuses to open it.
     """
     before = read_index(cohort) if trust_index else {}
     found = Reconciled()
@@ -64,7 +68,7 @@ def reconcile(cohort: Path, *, trust_index: bool) -> Reconciled:
         if record is not None:
             records[folder.name] = record
         else:
-            remove_folder(folder)
+            take_out(folder)
             found.dropped.append(folder.name)
     if not trust_index or records != before or not index_path(cohort).is_file():
         write_lines(index_path(cohort), (record.to_json() for _, record in sorted(records.items())))
@@ -103,25 +107,34 @@ def read_sources(path: Path) -> dict[str, str]:
     return {str(line["id"]): str(line["image"]) for line in read_lines(path)}
 
 
+@dataclass(frozen=True)
+class Writing:
+    """The cohort held for writing: `owner` says whether it still is; `staging` is an empty folder beside it, None
+    behind a URL."""
+
+    owner: Owner
+    staging: Path | None
+
+
 @contextlib.contextmanager
-def writing(cohort: Path) -> Iterator[Path | None]:
-    """Hold the cohort for writing; gives the empty staging folder beside it, None behind a URL. Raises InputError while
-    another does.
+def writing(cohort: Path) -> Iterator[Writing]:
+    """Hold the cohort for writing. Raises InputError while another does.
 
     COHORT.lock names the owner; see `distseg.work.owner` and `distseg.work.url_owner`.
     """
     if is_url(cohort):
-        with owning_url(beside(cohort, "lock"), what="cohort", name=cohort):
-            yield None
+        with owning_url(beside(cohort, "lock"), what="cohort", name=cohort) as owner:
+            yield Writing(owner, None)
         return
     staging = beside(cohort, "staging")
     with contextlib.ExitStack() as held:
         held.enter_context(needing_room("on its disk", cohort))
         cohort.parent.mkdir(parents=True, exist_ok=True)
-        held.enter_context(owning(beside(cohort, "lock"), what="cohort", name=cohort))
+        owner = held.enter_context(owning(beside(cohort, "lock"), what="cohort", name=cohort))
         shutil.rmtree(staging, ignore_errors=True)  # what a killed owner left
         staging.mkdir()
         try:
-            yield staging
+            yield Writing(owner, staging)
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if owner.is_mine():  # else it is another process's by now
+                shutil.rmtree(staging, ignore_errors=True)

@@ -28,6 +28,7 @@ from distseg.work.cohort_index import read_sources, reconcile, write_attrs, writ
 from distseg.work.cohort_salt import cohort_salt, salt_attrs
 from distseg.work.executor import Executor, Outcome
 from distseg.work.line_file import LineFile
+from distseg.work.owner import Owner
 
 
 @dataclass
@@ -65,7 +66,7 @@ def ingest_cohort(
         Console(stderr=True).print(f"note: {note}", style="yellow", highlight=False, markup=False)
     if not found.cases:
         raise FinishedWithFailures(f"{source}: no usable case", found.failures)
-    with writing(path) as staging:
+    with writing(path) as held:
         new = [file for file in (path / "zarr.json", index_path(path)) if not file.exists()]
         had_folder = path.exists()
         classes = _open_store(path, found, spacing)
@@ -76,7 +77,7 @@ def ingest_cohort(
             ScanTask(
                 case=case,
                 cohort=str(path),
-                staging="" if staging is None else str(staging),
+                staging="" if held.staging is None else str(held.staging),
                 classes=classes,
                 spacing_mm=spacing,
                 known=Known(records[case.scan_id], sources.get(case.scan_id)) if case.scan_id in records else None,
@@ -85,16 +86,18 @@ def ingest_cohort(
             if case.scan_id not in left_ids  # nothing in the store is replaced unread
         ]
         report = IngestReport(str(path), failed=[*found.failures, *stored.left])
-        index, origins = LineFile(index_path(path)), LineFile(sources_path(path))
+        index, origins = (LineFile(file, may_write=held.owner.check) for file in (index_path(path), sources_path(path)))
         with _progress_bar(progress) as bar, index, origins:
             running = bar.add_task("ingest", total=len(tasks))
             by_id = {task.case.scan_id: task.case for task in tasks}
             for outcome in executor.map(convert_scan, tasks, key=_task_key):
-                _book(path, by_id[outcome.key], outcome, records, report, index=index, origins=origins)
+                case = by_id[outcome.key]
+                _book(path, case, outcome, records, report, owner=held.owner, index=index, origins=origins)
                 bar.advance(running)
         report.added.sort()
         report.skipped.sort()
         report.failed.sort()
+        held.owner.check()
         _name_channel(path, records)
         if not records and path / "zarr.json" in new:
             _take_back(path, new, had_folder=had_folder)
@@ -173,23 +176,28 @@ def _book(
     records: dict[str, ScanRecord],
     report: IngestReport,
     *,
+    owner: Owner,
     index: LineFile,
     origins: LineFile,
 ) -> None:
-    """Write down what became of one scan, as soon as it is known."""
+    """Write down what became of one scan, as soon as it is known. Raises InputError where another process has the
+    cohort by now."""
     if outcome.value is None:
         report.failed.append((case.shown, outcome.error or "failed without a reason"))
         return
     record = outcome.value.record
+    moved = not outcome.value.written and case.split is not None and case.split != record.split
+    if not outcome.value.written and not moved and records.get(record.scan_id) == record:
+        report.skipped.append(record.scan_id)
+        return
+    owner.check()
     if outcome.value.written:
         report.added.append(record.scan_id)
     else:
         report.skipped.append(record.scan_id)
-        if case.split is not None and case.split != record.split:
+        if moved:
             record = replace(record, split=case.split)
             write_attrs(path / record.scan_id, {"split": record.split})
-        elif records.get(record.scan_id) == record:
-            return
     records[record.scan_id] = record
     index.append(record.to_json())
     if outcome.value.written:

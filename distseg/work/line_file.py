@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,10 +20,12 @@ PUT_EVERY_S = 30.0
 
 
 class LineFile:
-    """A context manager: leaving it puts what is left."""
+    """A context manager: leaving it puts what is left. `may_write` is called before lines are put behind a URL, and
+    raises where they are another process's to write by now."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._lines, self._put_at = path, list[str](), time.monotonic()
+    def __init__(self, path: Path, *, may_write: Callable[[], None]) -> None:
+        self._path, self._may_write = path, may_write
+        self._lines, self._put_at = list[str](), time.monotonic()
 
     def __enter__(self) -> LineFile:
         return self
@@ -41,6 +43,7 @@ class LineFile:
 
     def _put(self) -> None:
         if self._lines:
+            self._may_write()
             before = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
             write_text(self._path, before + "".join(self._lines))
             self._lines.clear()

@@ -42,12 +42,16 @@ class Owner:
             raise InputError(
                 f"another process took this {self._what} over while this one did not respond",
                 where=self._name,
-                value=_described(_read(self._lock)),
+                value=_described(self.on_record()),
                 fix="let it go on",
             )
 
     def is_mine(self) -> bool:
-        return _read(self._lock).get("token") == self.token
+        return self.on_record().get("token") == self.token
+
+    def on_record(self) -> dict[str, Any]:
+        """Who the lock names, {} for nobody. Raises OSError where that cannot be known."""
+        return _read(self._lock)
 
     def show_life(self, done: threading.Event) -> None:
         while not done.wait(HEARTBEAT_S):

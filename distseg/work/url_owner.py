@@ -1,14 +1,16 @@
 """One writer at a time for a cohort behind a URL, where no kernel's lock reaches.
 
 The lock is an object that is made only where there is none; its owner counts in it every few seconds. Who finds one
-watches it: a count that grows is a living owner, one that stands still for `LAPSE_S` is nobody's. No clock is compared.
-A killed owner on this host is known by its process. Between the last look and the taking over lies a moment that only a
-store with conditional deletes could close.
+watches it: a count that grows is a living owner, one that stands still for `LAPSE_S` is nobody's. No clock is compared,
+and a store that does not answer says nothing of an owner, who cannot count in it either. A killed owner on this host is
+known by its process. Between the last look and the taking over lies a moment that only a store with conditional deletes
+could close.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -21,26 +23,50 @@ from typing import Any
 
 from distseg.data.place import create_text, write_text
 from distseg.errors import InputError
+from distseg.work.owner import Owner
 
 HEARTBEAT_S = 5.0
 LAPSE_S = 60.0
 
 
+class UrlOwner(Owner):
+    """An Owner whose lock lies behind a URL."""
+
+    def __init__(self, lock: Path, me: dict[str, Any], what: str, name: object) -> None:
+        super().__init__(lock, me["token"], what, name)
+        self._me = me
+
+    def on_record(self) -> dict[str, Any]:
+        return _read(self._lock)
+
+    def show_life(self, done: threading.Event) -> None:
+        while not done.wait(HEARTBEAT_S):
+            with contextlib.suppress(OSError):  # a store that is away for a moment; `check` says what matters
+                if not self.is_mine():
+                    return
+                self._me["count"] += 1
+                with _os_errors():
+                    write_text(self._lock, json.dumps(self._me))
+
+
 @contextlib.contextmanager
-def owning_url(lock: Path, *, what: str, name: object) -> Iterator[None]:
-    """Hold `lock` while the context lasts. Raises InputError while another process holds it."""
+def owning_url(lock: Path, *, what: str, name: object) -> Iterator[UrlOwner]:
+    """Hold `lock` while the context lasts. Raises InputError while another process holds it, OSError where the store
+    does not answer."""
     me = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex, "count": 0}
     _take(lock, me, what, name)
+    owner = UrlOwner(lock, me, what, name)
     done = threading.Event()
-    life = threading.Thread(target=_show_life, args=(lock, me, done), name="owner", daemon=True)
+    life = threading.Thread(target=owner.show_life, args=(done,), name="owner", daemon=True)
     life.start()
     try:
-        yield
+        yield owner
     finally:
         done.set()
         life.join()
-        if _read(lock).get("token") == me["token"]:
-            lock.unlink()
+        with contextlib.suppress(OSError), _os_errors():  # it lapses; what was done under it is what counts
+            if owner.is_mine():
+                lock.unlink()
 
 
 def _take(lock: Path, me: dict[str, Any], what: str, name: object) -> None:
@@ -59,6 +85,7 @@ def _take(lock: Path, me: dict[str, Any], what: str, name: object) -> None:
 
 
 def _is_alive(lock: Path, holder: dict[str, Any]) -> bool:
+    """Raises OSError where the store has not answered for LAPSE_S of the watching."""
     if holder.get("host") == socket.gethostname():
         try:
             os.kill(int(holder.get("pid", 0)), 0)
@@ -66,28 +93,40 @@ def _is_alive(lock: Path, holder: dict[str, Any]) -> bool:
             return False
         except PermissionError:
             pass  # alive, another user's
-    begun = time.monotonic()
-    while time.monotonic() - begun < LAPSE_S:
+    still_s = unknown_s = 0.0
+    while still_s < LAPSE_S:
+        begun = time.monotonic()
         time.sleep(HEARTBEAT_S / 5)
-        now = _read(lock)
+        try:
+            now = _read(lock)
+        except OSError:
+            unknown_s += time.monotonic() - begun
+            if unknown_s >= LAPSE_S:
+                raise
+            continue
         if now != holder:
             return bool(now)
+        still_s += time.monotonic() - begun
     return False
 
 
-def _show_life(lock: Path, me: dict[str, Any], done: threading.Event) -> None:
-    while not done.wait(HEARTBEAT_S):
-        with contextlib.suppress(OSError):  # a store that is away for a moment
-            if _read(lock).get("token") != me["token"]:
-                return
-            me["count"] += 1
-            write_text(lock, json.dumps(me))
-
-
 def _read(lock: Path) -> dict[str, Any]:
-    """{} for a lock that is gone or damaged."""
+    """{} for a lock that is gone or damaged. Raises OSError where the store does not say."""
     try:
-        found = json.loads(lock.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with _os_errors():
+            content = lock.read_bytes()
+        found = json.loads(content)
+    except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """Around a request: what a backend raises becomes an OSError, so that a thread can outlive it."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # every backend of fsspec has errors of its own, without a common base
+        raise OSError(errno.EREMOTEIO, f"{type(error).__name__}: {error}"[:300]) from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +24,7 @@ from distseg.data.formats import Case, NiftiImage
 from distseg.data.volume import Spacing, resample_box
 from distseg.errors import DataError, InputError
 from distseg.work.cohort_actions import list_cohort, remove_scan, repair_cohort
+from distseg.work.cohort_index import write_attrs
 from distseg.work.executor import LocalExecutor
 from distseg.work.ingest import ingest_cohort
 
@@ -187,6 +191,39 @@ def test_opening_what_is_no_cohort(tmp_path: Path) -> None:
     attrs.write_text(attrs.read_text().replace('"format_version": 1', '"format_version": 99'))
     with pytest.raises(DataError, match=r"not a cohort of this version \(got 99\).*install a newer distseg"):
         Cohort.open(cohort.path)
+
+
+def test_a_disk_that_does_not_answer_is_no_missing_cohort(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor a scan without attributes, which a change of its split would write over."""
+    cohort = ingested(tmp_path)
+    store, source = Path(cohort.path), tmp_path / "JANE_DOE"
+    before = {file: file.read_bytes() for file in store.rglob("*") if file.is_file()}
+    (source / "splits.json").write_text(json.dumps({"train": ["p", "q"]}))
+    whole, broken = Path.open, store / "q/zarr.json"
+
+    def opened(self: Path, *arguments: Any, **more: Any) -> Any:
+        if self == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return whole(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_attrs(store / "q", {"split": "train"})
+    with pytest.raises(OSError, match="Input/output error"):
+        _ = Scan(str(store / "q"), "q").attrs
+    assert main(["ingest", f"source={source}", f"cohort={store}", "launcher=local", "resources.workers=1"]) == 3
+    assert "q: OSError: [Errno 5] Input/output error" in capsys.readouterr().err
+    broken = store / "zarr.json"
+    assert main(["cohort", f"cohort={store}"]) == 2
+    assert "Input/output error; the same command goes on once the storage answers" in capsys.readouterr().err
+    for action in ("repair", "remove"):
+        assert main(["cohort", f"cohort={store}", f"action={action}", "scan=q"][: 3 + (action == "remove")]) == 2
+        assert "Input/output error" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert {file: file.read_bytes() for file in store.rglob("*") if file.is_file()} == before
+    assert Cohort.open(store) == cohort
 
 
 def test_a_line_cut_off_while_written_is_left_out(tmp_path: Path) -> None:

@@ -19,22 +19,29 @@ import pytest
 
 import distseg
 from distseg.data import publish
-from distseg.data.cohort import Cohort
+from distseg.data.cohort import Cohort, beside, index_path, sources_path
 from distseg.data.intensity import Intensity
 from distseg.data.patches import PatchReader
 from distseg.data.place import as_place, create_text
 from distseg.errors import ConfigError, DataError, InputError
 from distseg.work import url_owner
 from distseg.work.cohort_actions import list_cohort, remove_scan, repair_cohort
+from distseg.work.executor import LocalExecutor
 from distseg.work.url_owner import owning_url
 from tests.unit.test_ingest import image_file, ingest, labelled_source
 
 
 @pytest.fixture
 def in_memory() -> Iterator[str]:
-    fsspec.filesystem("memory").store.clear()
+    empty_memory()
     yield "memory://bucket/c.zarr"
-    fsspec.filesystem("memory").store.clear()
+    empty_memory()
+
+
+def empty_memory() -> None:
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pseudo_dirs[:] = [""]
 
 
 def check_against_local(source: Path, url: str, path: Path) -> None:
@@ -120,6 +127,192 @@ def test_one_writer_at_a_time_behind_a_url(in_memory: str, monkeypatch: pytest.M
     with owning_url(lock, what="cohort", name="c"):
         assert time.monotonic() - begun < 0.5
     assert threading.active_count() < 20
+
+
+class StoreAwayError(Exception):
+    """As a backend of fsspec has them: no OSError."""
+
+
+@pytest.fixture
+def away(in_memory: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Reads of the store made by this thread fail while the list is not empty, one for each True in it; a False is a
+    read that works. Other threads are not concerned."""
+    monkeypatch.setattr(url_owner, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(url_owner, "LAPSE_S", 0.4)
+    plan: list[bool] = []
+    kind, me = type(as_place(in_memory)), threading.current_thread()
+    whole = kind.read_bytes
+
+    def read_bytes(self: Path) -> bytes:
+        if threading.current_thread() is me and plan and plan.pop(0):
+            raise StoreAwayError("nobody answers")
+        return bytes(whole(self))
+
+    monkeypatch.setattr(kind, "read_bytes", read_bytes)
+    return plan
+
+
+def test_a_watcher_that_cannot_read_takes_no_living_lock_over(away: list[bool]) -> None:
+    lock = as_place("memory://bucket/c.lock")
+    with owning_url(lock, what="cohort", name="c") as owner:
+        away[:] = [False, True, True, True]  # the lock was seen, then the store is away
+        with pytest.raises(InputError, match="another process writes this cohort"):
+            owning_url(lock, what="cohort", name="c").__enter__()
+        assert owner.is_mine()
+        away[:] = [False, *[True] * 1000]  # it stays away: nobody knows
+        with pytest.raises(OSError, match="StoreAwayError: nobody answers"):
+            owning_url(lock, what="cohort", name="c").__enter__()
+        away.clear()
+        assert owner.is_mine()
+    create_text(lock, json.dumps({"host": "elsewhere", "pid": 1, "token": "t", "count": 7}))
+    away[:] = [False, True, True, False]  # an owner that stands still is found out all the same
+    with owning_url(lock, what="cohort", name="c") as owner:
+        owner.check()
+        away[:] = [True]
+        with pytest.raises(OSError, match="nobody answers"):
+            owner.check()
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("call", ["read_bytes", "write_text"])
+def test_an_owner_outlives_requests_that_fail(in_memory: str, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    monkeypatch.setattr(url_owner, "HEARTBEAT_S", 0.02)
+    lock, failed = as_place("memory://bucket/c.lock"), threading.Event()
+
+    def fails(*_: object, **__: object) -> None:
+        failed.set()
+        raise StoreAwayError("nobody answers")
+
+    with owning_url(lock, what="cohort", name="c"):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(lock), call, fails)
+            assert failed.wait(5)
+        before, until = json.loads(lock.read_text())["count"], time.monotonic() + 5
+        while json.loads(lock.read_text())["count"] <= before + 1 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert json.loads(lock.read_text())["count"] > before + 1  # it counts again
+    assert not lock.exists()
+
+
+class TakenOver(LocalExecutor):
+    """After the first scan another process has the cohort."""
+
+    def __init__(self, lock: Path) -> None:
+        super().__init__(1)
+        self._lock = lock
+
+    def map(self, *arguments: Any, **more: Any) -> Iterator[Any]:
+        for number, outcome in enumerate(super().map(*arguments, **more)):
+            if number == 1:
+                self._lock.write_text(json.dumps({"host": "elsewhere", "pid": 7, "token": "theirs"}))
+            yield outcome
+
+
+@pytest.mark.parametrize("behind_url", [False, True])
+def test_an_ingest_that_was_taken_over_writes_no_more(tmp_path: Path, in_memory: str, behind_url: bool) -> None:
+    source = labelled_source(tmp_path / "s", ("a", "b", "c"))
+    path = as_place(in_memory if behind_url else tmp_path / "c.zarr")
+    lock, index = beside(path, "lock"), index_path(path)
+    with pytest.raises(InputError, match=r"took this cohort over while.*host elsewhere, process 7"):
+        ingest(source, path, executor=TakenOver(lock))
+    assert json.loads(lock.read_text())["token"] == "theirs"
+    booked = [json.loads(line)["id"] for line in index.read_text().splitlines()]
+    # Behind a URL lines wait for the next put, which is the other process's to make; it finds the scan in the store.
+    assert booked == ([] if behind_url else ["a"])
+    assert sources_path(path).exists() != behind_url
+    assert beside(path, "staging").exists() != behind_url  # it may be the other's
+    lock.unlink()
+    report = ingest(source, path)
+    assert (report.added, report.skipped) == (["c"], ["a", "b"])
+
+
+class Killed(LocalExecutor):
+    """Dies once the first scan is in the store, before it is written down."""
+
+    def map(self, *arguments: Any, **more: Any) -> Iterator[Any]:
+        next(iter(super().map(*arguments, **more)))
+        raise KeyboardInterrupt
+        yield
+
+
+def test_a_removal_that_is_cut_off_leaves_no_zeros_to_train_on(
+    tmp_path: Path, in_memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at each of its deletions: whoever opens the scan gets its voxels or a refusal, and either command again
+    ends it."""
+    source, path = labelled_source(tmp_path / "s"), tmp_path / "c.zarr"
+    ingest(source, path)
+    ingest(source, in_memory)
+    truth = Cohort.open(path).scan("a").image[...]
+    memory = type(fsspec.filesystem("memory"))
+    rm_file, left, refused, deletions = memory.rm_file, 0, 0, 0
+
+    def rm(self: Any, name: str) -> None:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        rm_file(self, name)
+
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "rm_file", rm)
+            left = deletions
+            try:
+                remove_scan(in_memory, scan="a")
+                break
+            except KeyboardInterrupt:
+                as_place(in_memory.replace(".zarr", ".lock")).unlink(missing_ok=True)
+        try:
+            assert np.array_equal(Cohort.open(in_memory).scan("a").image[...], truth)
+        except DataError as error:
+            assert "a: scan is not complete in the store" in str(error)
+            refused += 1
+        if deletions % 2:
+            report = ingest(source, in_memory)  # the original command notices
+            assert (report.added, report.skipped) == (["a"], ["b"])
+        else:
+            remove_scan(in_memory, scan="a")
+            assert not as_place(f"{in_memory}/a").exists()
+            ingest(source, in_memory)
+        check_against_local(source, in_memory, path)
+        deletions += 1
+    assert refused == deletions > 8
+    assert [record.scan_id for record in Cohort.open(in_memory).records] == ["b"]
+
+
+@pytest.mark.parametrize("killed", ["uploading", "uploaded"])
+def test_a_replacement_that_is_cut_off_and_the_old_source_again(
+    tmp_path: Path, in_memory: str, monkeypatch: pytest.MonkeyPatch, killed: str
+) -> None:
+    """The index still has the old scan, the store does not: nothing is left as it is unseen."""
+    source, path, image = labelled_source(tmp_path / "s"), tmp_path / "c.zarr", tmp_path / "s/imagesTr/a_0000.nii.gz"
+    ingest(source, path)
+    ingest(source, in_memory)
+    old = image.read_bytes()
+    image_file(image, seed=9)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if killed == "uploading":
+            patch.setattr(publish, "upload", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ingest(source, in_memory, executor=Killed(1))
+    image.write_bytes(old)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/a.nii.gz").write_bytes(old)
+    image_file(tmp_path / "plain/z.nii.gz", seed=4)
+    ((name, why),) = ingest(tmp_path / "plain", in_memory).failed
+    assert (name, why.split(";")[0]) == (
+        "a",
+        "a: the store no longer holds this scan as the index has it, with a label",
+    )
+    remove_scan(in_memory, scan="z")
+    report = ingest(source, in_memory)
+    assert (report.added, report.skipped) == (["a"], ["b"])
+    check_against_local(source, in_memory, path)
 
 
 def test_urls_that_cannot_be_read(tmp_path: Path, in_memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
