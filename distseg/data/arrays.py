@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from distseg.data.limits import MAX_VOXELS
+from distseg.data.limits import MAX_VOXELS, of_storage
 from distseg.data.place import as_place, is_url
 from distseg.data.volume import ArrayLike3D
 from distseg.errors import ConfigError, DataError
@@ -33,7 +33,7 @@ MAX_CHUNK_NBYTES = 2**28
 MAX_METADATA_NBYTES = 2**20
 CACHE_NBYTES = 64 * 2**20  # shard indexes and the chunks of the last few patches
 # What the two libraries raise on damaged or missing data; zarr's codecs have no common base class.
-_UNREADABLE = (ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError, AttributeError, ArithmeticError)
+_UNREADABLE = (ValueError, RuntimeError, OSError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 @cache
@@ -59,7 +59,7 @@ def reader_of(path: str) -> str:
 class StoredArray:
     """An array of the store, read by box: `path`, `shape`, `dtype`, and `[...]` gives a numpy array.
 
-    Raises DataError, naming the array, where it is missing or damaged.
+    Raises DataError, naming the array, where it is missing or damaged, OSError where the storage does not answer.
     """
 
     def __init__(self, path: str, opened: ArrayLike3D) -> None:
@@ -76,7 +76,8 @@ class StoredArray:
 
 def open_array(path: str, *, reader: str | None = None) -> StoredArray:
     """Open by path. `reader` is one of READERS, None: the one there is. Raises DataError, naming the array, where it is
-    missing or damaged, or where its metadata would have more memory taken than any scan needs."""
+    missing or damaged, or where its metadata would have more memory taken than any scan needs; OSError where the
+    storage does not answer."""
     try:
         _check_metadata(path)
         if is_url(path) or (reader or reader_name()) == "zarr":
@@ -144,8 +145,11 @@ def _context() -> Any:
     )
 
 
-def _damaged(path: str, error: BaseException) -> DataError:
+def _damaged(path: str, error: BaseException) -> DataError | OSError:
     where = "/".join(path.rstrip("/").split("/")[-3:])  # not the whole: folder names may be names of patients
+    away = of_storage(error, where)
+    if away is not None:
+        return away
     why = str(error).partition("\n")[0].replace(path, where)[:200] or type(error).__name__
     fix = "run distseg cohort action=remove for this scan, then ingest it again"
     return DataError("array of the store cannot be read", where=where, value=why, fix=fix)

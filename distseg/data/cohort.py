@@ -187,9 +187,10 @@ class Scan:
         return voxels, np.asarray(self._array("samples/intensities")[...], np.float32)
 
     def _on_grid(self, name: str) -> StoredArray:
+        shape = self.geometry.shape  # first, as the attributes say whether the scan is whole
         array = self._array(name)
-        if array.shape != self.geometry.shape:
-            rule, fix = f"the scan's attributes say {self.geometry.shape}", "remove the scan, then ingest it again"
+        if array.shape != shape:
+            rule, fix = f"the scan's attributes say {shape}", "remove the scan, then ingest it again"
             where = f"{self.scan_id}/{name}"
             raise DataError("array and attributes differ in shape", where=where, value=array.shape, rule=rule, fix=fix)
         return array

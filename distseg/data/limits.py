@@ -1,5 +1,5 @@
-"""How large a scan may say it is before anything of that size is read (a header is a claim, not a fact); and what a
-full disk is called."""
+"""How large a scan may say it is before anything of that size is read (a header is a claim, not a fact); what a full
+disk is called; and which errors are the storage's and not a file's."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import contextlib
 import errno
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 from distseg.errors import DataError
 
 MAX_VOXELS = 2**33  # 64 GiB of float64: beyond it a header is damaged, not a scan large
 MAX_DEFLATE_RATIO = 1100  # deflate cannot do better than 1032 : 1
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL)
+_SAID = re.compile(r"\[OS error (\d+)")
 COPIES = 3  # of a scan's stored values that reading and writing it takes in memory at once
 
 
@@ -45,6 +48,22 @@ def needing_room(what: str, where: object) -> Iterator[None]:
             raise
         fix = "make room, then give the same command again"
         raise DataError(f"no room left {what}", where=where, value=error.strerror, fix=fix) from error
+
+
+def of_storage(error: BaseException, name: object) -> OSError | None:
+    """The OSError to raise, naming the file by `name` alone, where the system could not read: no damage, and another
+    attempt may succeed. None for damage, and for files that are not there.
+
+    Libraries raise OSErrors of their own, without an errno, for what they find in a file. TensorStore says the system's
+    in words: "[OS error 5: EIO Input/output error]".
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    said = _SAID.search(str(error)) if code is None else None
+    if said is not None:
+        code = int(said[1])
+    if code is None or code in _ABSENT:
+        return None
+    return OSError(code, os.strerror(code), str(name))
 
 
 def memory_nbytes() -> int:

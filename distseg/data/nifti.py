@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distseg.data.digest import file_size
-from distseg.data.limits import MAX_DEFLATE_RATIO, check_size
+from distseg.data.limits import MAX_DEFLATE_RATIO, check_size, of_storage
 from distseg.data.values import distinct, is_whole, read_narrow
 from distseg.data.volume import Affine, NativeGrid, Shape, Volume, shape3
 from distseg.errors import DataError
@@ -27,7 +27,7 @@ MAX_REST_NBYTES = 2**24  # of whatever follows the voxels of a compressed file
 _PIECE_NBYTES = 2**20
 # What nibabel and gzip raise on damaged files: nibabel checks some of a header and lets numpy's own errors through.
 DAMAGE = (
-    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError, OSError, TypeError,
+    ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError, OSError, TypeError,
     ValueError, struct.error, zlib.error, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError,
     nib.spatialimages.HeaderTypeError, nib.wrapstruct.WrapStructError,
 )  # fmt: skip
@@ -164,6 +164,9 @@ def _read(path: Path) -> tuple[NativeGrid, npt.NDArray[Any]]:
     except DataError:
         raise
     except DAMAGE as error:
+        away = of_storage(error, name)
+        if away is not None:
+            raise away from error
         # Not the folder: its name may be a patient's.
         why = str(error).replace(str(path), name) or type(error).__name__
         raise DataError("truncated or damaged", where=name, value=why, fix="copy or convert it again") from error
@@ -182,6 +185,9 @@ def _header(file: Any, name: str) -> Any:
                 return kind(block[: kind.sizeof_hdr])
         why = "another kind of file"
     except DAMAGE as error:
+        away = of_storage(error, name)
+        if away is not None:
+            raise away from error
         why = str(error) or "truncated"
     finally:
         log.disabled = was_disabled

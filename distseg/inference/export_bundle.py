@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from distseg import __version__
-from distseg.errors import InputError
+from distseg.errors import ConfigError, InputError
 from distseg.inference import keep_largest, run_grid_inferer
 from distseg.inference.export_graph import ExportReport, write_graph
-from distseg.inference.model import Model
+from distseg.inference.model import Model, ModelInfo
 from distseg.inference.whole_scan import WINDOWS_A_BATCH
 
 _README = """# {classes} by {method}
@@ -36,7 +36,9 @@ needs monai, torch, nibabel, pytorch-ignite and fire. Masks lie in each file's o
 
 
 def export_bundle(model: Model, *, network: str, overlap: float, output: str) -> ExportReport:
-    """Write the bundle into `output`, which must not exist; it appears whole or not at all."""
+    """Write the bundle into `output`, which must not exist; it appears whole or not at all. Raises ConfigError for
+    names that MONAI would evaluate."""
+    _check_names(model.info)
     target = Path(output)
     if target.exists():
         raise InputError("exists already", where="output", value=target, fix="choose another output= or remove it")
@@ -115,6 +117,16 @@ def _inference(model: Model, *, overlap: float) -> dict[str, Any]:
         },
         "run": ["$@evaluator.run()"],
     }
+
+
+def _check_names(info: ModelInfo) -> None:
+    """Of a bundle's configuration they would be expressions or references."""
+    for name in (*info.class_names, info.modality):
+        if name[:1] in ("$", "@", "%"):
+            rule, fix = "no name that begins with $, @ or %, which MONAI evaluates", "export format=torchscript or onnx"
+            raise ConfigError(
+                "a name that a bundle cannot hold", where="format=monai_bundle", value=name, rule=rule, fix=fix
+            )
 
 
 def _metadata(model: Model) -> dict[str, Any]:

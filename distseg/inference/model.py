@@ -201,8 +201,8 @@ def _check(info: ModelInfo) -> None:
         "numbers that are finite": all(math.isfinite(number) for number in numbers),
         "passes": 1 <= info.passes <= _MAX_PASSES,
         "class_names": 2 <= len(set(info.class_names)) == len(info.class_names) <= 256,
-        # Of an exported bundle they would be expressions or references.
-        "names": all(text.isprintable() and text[:1] not in "$@%" for text in (*info.class_names, info.modality)),
+        "names": all(text.isprintable() for text in (*info.class_names, info.modality)),
+        "whole": set(info.whole) <= set(info.class_names[1:]),
     }
     broken = [name for name, kept in rules.items() if not kept]
     if broken:

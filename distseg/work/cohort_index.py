@@ -123,8 +123,8 @@ def writing(cohort: Path) -> Iterator[Writing]:
     COHORT.lock names the owner; see `distseg.work.owner` and `distseg.work.url_owner`.
     """
     if is_url(cohort):
-        with owning_url(beside(cohort, "lock"), what="cohort", name=cohort) as owner:
-            yield Writing(owner, None)
+        with owning_url(beside(cohort, "lock"), what="cohort", name=cohort) as theirs:
+            yield Writing(theirs, None)
         return
     staging = beside(cohort, "staging")
     with contextlib.ExitStack() as held:

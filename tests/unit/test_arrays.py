@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,6 +84,33 @@ def test_what_is_missing_or_damaged_is_one_line(
         _ = open_array(str(tmp_path / "patient/scan/0"))[:64, 36:64, :64]
     assert "\n" not in str(caught.value)
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_storage_that_does_not_answer_is_no_damage(
+    stored: dict[type, tuple[Path, np.ndarray]], reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is want of memory: neither may be answered by removing the scan. TensorStore tells errno in words."""
+    path = str(stored[np.int16][0])
+    opened = open_array(path)
+    words = ValueError("UNKNOWN: Error reading x [OS error 5: EIO Input/output error]")
+    system = OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    class Away:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def __getitem__(self, selection: Any) -> Any:
+            raise self.error
+
+    for error in (words, system):
+        monkeypatch.setattr(opened, "_opened", Away(error))
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            _ = opened[:1]
+        assert caught.value.errno == errno.EIO
+        assert str(Path(path).parents[2]) not in str(caught.value)
+    monkeypatch.setattr(opened, "_opened", Away(MemoryError()))
+    with pytest.raises(MemoryError):
+        _ = opened[:1]
 
 
 def change(node: Any, path: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -238,14 +239,12 @@ class Killed(LocalExecutor):
 def test_a_removal_that_is_cut_off_leaves_no_zeros_to_train_on(
     tmp_path: Path, in_memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at each of its deletions: whoever opens the scan gets its voxels or a refusal, and either command again
-    ends it."""
+    """Killed at each of its deletions: who opens the scan is refused, and either command again ends it."""
     source, path = labelled_source(tmp_path / "s"), tmp_path / "c.zarr"
     ingest(source, path)
     ingest(source, in_memory)
-    truth = Cohort.open(path).scan("a").image[...]
     memory = type(fsspec.filesystem("memory"))
-    rm_file, left, refused, deletions = memory.rm_file, 0, 0, 0
+    rm_file, left, deletions = memory.rm_file, 0, 0
 
     def rm(self: Any, name: str) -> None:
         nonlocal left
@@ -258,26 +257,23 @@ def test_a_removal_that_is_cut_off_leaves_no_zeros_to_train_on(
         with monkeypatch.context() as patch:
             patch.setattr(memory, "rm_file", rm)
             left = deletions
-            try:
+            with contextlib.suppress(KeyboardInterrupt):
                 remove_scan(in_memory, scan="a")
-                break
-            except KeyboardInterrupt:
-                as_place(in_memory.replace(".zarr", ".lock")).unlink(missing_ok=True)
-        try:
-            assert np.array_equal(Cohort.open(in_memory).scan("a").image[...], truth)
-        except DataError as error:
-            assert "a: scan is not complete in the store" in str(error)
-            refused += 1
-        if deletions % 2:
-            report = ingest(source, in_memory)  # the original command notices
-            assert (report.added, report.skipped) == (["a"], ["b"])
-        else:
+        if left > 0:  # it came to its end
+            break
+        as_place(in_memory.replace(".zarr", ".lock")).unlink(missing_ok=True)  # as if its owner's time were up
+        listed = [record.scan_id for record in Cohort.open(in_memory).records] == ["a", "b"]
+        if listed:
+            with pytest.raises(DataError, match="a: scan is not complete in the store"):
+                _ = Cohort.open(in_memory).scan("a").image
+        if listed and deletions % 4:
             remove_scan(in_memory, scan="a")
             assert not as_place(f"{in_memory}/a").exists()
-            ingest(source, in_memory)
+        report = ingest(source, in_memory)  # notices what is not whole
+        assert (report.added, report.skipped) == (["a"], ["b"])
         check_against_local(source, in_memory, path)
-        deletions += 1
-    assert refused == deletions > 8
+        deletions += 2
+    assert deletions > 8
     assert [record.scan_id for record in Cohort.open(in_memory).records] == ["b"]
 
 

@@ -40,14 +40,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder.parent)
 
 
-def write_model(folder: Path, intensity: Intensity, whole: tuple[str, ...] = ()) -> None:
+def write_model(
+    folder: Path, intensity: Intensity, whole: tuple[str, ...] = (), names: tuple[str, str] = ("hip", "femur")
+) -> None:
     config = NetworkConfig(base_filters=2, levels=3)
     networks = {}
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         networks[name] = build_network(config, num_classes=3).state_dict()
     info = ModelInfo(
-        class_names=("background", "hip", "femur"),
+        class_names=("background", *names),
         modality="CT",
         spacing_mm=(2.5, 2.0, 1.7),
         patch_zyx=PATCH,
@@ -176,6 +178,17 @@ def test_the_script_of_a_bundle_needs_no_distseg(run: str, tmp_path: Path) -> No
         if line.startswith(("import ", "from "))
     ]
     assert "RunGridInferer" in runpy.run_path(str(script))
+
+
+def test_a_name_that_monai_would_evaluate_is_a_models_but_no_bundles(tmp_path: Path) -> None:
+    intensity = Intensity("ct", low=-100.0, high=300.0, mean=40.0, sd=90.0)
+    write_model(tmp_path / "run/model", intensity, names=("$import os", "@femur"))
+    message = r"format=monai_bundle: a name that a bundle cannot hold \(got \$import os\)"
+    with pytest.raises(ConfigError, match=message):
+        distseg.export(run=tmp_path / "run", output=tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    distseg.export(run=tmp_path / "run", output=tmp_path / "model.ts", format="torchscript")
+    assert (tmp_path / "model.ts").is_file()
 
 
 def test_an_existing_bundle_is_left_alone(run: str, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from distseg.data import nifti
 from distseg.data.formats import discover, safe_id
 from distseg.data.nifti import read_label, read_nifti, write_nifti
 from distseg.data.volume import NativeGrid
@@ -312,3 +315,20 @@ def test_label_checks(tmp_path: Path) -> None:
         label(good * 0.5)
     with pytest.raises(DataError, match=r"unknown classes \(got \[-1\]\)"):
         label(-good)
+
+
+@pytest.mark.parametrize("fails", ["read_narrow", "_header"])
+def test_storage_that_does_not_answer_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    """Told by the file's name alone: the folder's may be a patient's."""
+    path = save(tmp_path / "JANE_DOE" / "x.nii.gz", ct())
+
+    def away(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(nifti, fails, away)
+    with pytest.raises(OSError, match=r"Input/output error: 'x\.nii\.gz'") as caught:
+        read_nifti(path)
+    assert "JANE" not in str(caught.value)
+    monkeypatch.setattr(nifti, fails, lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        read_nifti(path)

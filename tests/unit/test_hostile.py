@@ -228,9 +228,9 @@ def test_a_pickle_in_the_place_of_weights(stranger: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("class_names", ["background", "$import os"]),
-        ("class_names", ["background", "@loss"]),
-        ("modality", "$import os"),
+        ("class_names", ["background", "bell\a"]),
+        ("whole", ["liver"]),
+        ("whole", ["background"]),
         ("passes", 10**9),
         ("patch_zyx", [10**6, 10**6, 10**6]),
         ("spacing_mm", [0.0, 1.0, 1.0]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -148,3 +150,15 @@ def test_a_real_series(bone_run: str, tmp_path: Path, monkeypatch: pytest.Monkey
     predict(bone_run, SHARED, tmp_path / "m.nii.gz", "nifti")
     predict(bone_run, SHARED, tmp_path / "m.dcm")
     assert assert_same_place(tmp_path / "m.dcm", tmp_path / "m.nii.gz") > 10_000
+
+
+def test_a_full_disk_is_no_damaged_series(bone_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write.series(tmp_path / "one", box(0))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hd.seg.Segmentation, "save_as", full)
+    ((_, why),) = predict(bone_run, tmp_path / "one", tmp_path / "new" / "masks").failed
+    assert "no room left for the mask" in why
+    assert "No space left on device" in why

@@ -34,12 +34,13 @@ from pydicom.uid import (
 )
 
 from distseg.data.digest import file_size
+from distseg.data.limits import of_storage
 from distseg.errors import DataError, DistsegError
 
 SUFFIXES = (".dcm", ".dicom", ".ima")  # files that must be DICOM; others are where they begin as one
 # What pydicom 3 and its decoders raise on damaged files: they check little and let Python's own errors through.
 DAMAGE = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError,
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError,
     NotImplementedError, OSError, RuntimeError, TypeError, ValueError, struct.error, BytesLengthException,
     InvalidDicomError,
 )  # fmt: skip
@@ -49,7 +50,7 @@ BY_PILLOW = (JPEG2000, JPEG2000Lossless, JPEGBaseline8Bit)
 
 @contextlib.contextmanager
 def parsing(path: Path) -> Iterator[None]:
-    """Around a look at elements of `path`: pydicom converts values when they are asked for."""
+    """Around a look at elements of `path`: pydicom converts values when they are asked for. Damage is DataError."""
     log = logging.getLogger("pydicom")
     was_disabled = log.disabled
     with warnings.catch_warnings():
@@ -60,6 +61,9 @@ def parsing(path: Path) -> Iterator[None]:
         except DistsegError:
             raise
         except DAMAGE as error:
+            away = of_storage(error, path.name)
+            if away is not None:
+                raise away from error
             why = f"{type(error).__name__}: {error}".replace(str(path), path.name)[:160]
             raise DataError("not readable as DICOM", where=path.name, value=why, fix="copy it again") from error
         finally:

@@ -25,6 +25,7 @@ from distseg.data.dicom.file import DAMAGE, parsing, read_elements
 from distseg.data.dicom.grid import stack_planes
 from distseg.data.dicom.planes import Plane, read_planes
 from distseg.data.dicom.series import DicomSeries
+from distseg.data.limits import needing_room
 from distseg.errors import ConfigError, DataError
 
 # Type 2 in a DICOM-SEG: it must say them, if only that they are not known.
@@ -82,6 +83,8 @@ def write_segmentation(
             series_description="distseg, for research use only",
             omit_empty_frames=bool(mask.any()),
         )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with needing_room("for the mask", Path(path).name):
         made.save_as(path, enforce_file_format=True)
 
 
