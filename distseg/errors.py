@@ -112,3 +112,14 @@ def _shown(part: object) -> str:
 
 def _rebuild(kind: type[DistsegError], args: tuple[Any, ...], keywords: dict[str, Any]) -> DistsegError:
     return kind(*args, **keywords)
+
+
+# In a RuntimeError: torch's allocator on a CPU; oneDNN, which has no word of its own for it.
+_TORCH_SAYS = ("can't allocate memory", "could not create a primitive")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's, torch's or Ray's error where there is no memory left. torch is not imported for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _TORCH_SAYS)

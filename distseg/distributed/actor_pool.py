@@ -14,8 +14,8 @@ from typing import Any
 import ray
 
 from distseg.distributed.cluster import Connection, connect
-from distseg.errors import InputError
-from distseg.work.executor import Item, Outcome, Value, attempt
+from distseg.errors import InputError, is_out_of_memory
+from distseg.work.executor import OUT_OF_MEMORY, Item, Outcome, Value, attempt
 
 MOST_FAILED_STARTS = 3  # of actors in a row, before the pool gives up
 
@@ -181,6 +181,8 @@ class _Run:
         for held in ([work] if work else []) + list(actor.in_flight.values()):
             if held.died_before:
                 why = f"its worker died ({type(error).__name__}: {_line(error)})"
+                if is_out_of_memory(error):
+                    why = f"its worker was killed by Ray: {OUT_OF_MEMORY}"
                 yield Outcome(self._key(held.item), error=why)
             else:
                 self._again.append(_Work(held.item, died_before=True))

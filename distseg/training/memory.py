@@ -1,16 +1,11 @@
-"""Out of memory, told as what it is: whoever allocates says it in words of its own."""
+"""Out of memory while training, told as what it is: whoever allocates says it in words of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from distseg.errors import InputError
-
-# In a RuntimeError: torch's allocator on a CPU; oneDNN, which has no word of its own for it.
-_TORCH_SAYS = ("can't allocate memory", "could not create a primitive")
+from distseg.errors import InputError, is_out_of_memory
 
 
 @contextmanager
@@ -19,11 +14,11 @@ def out_of_memory_told() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(said in str(error) for said in _TORCH_SAYS):
-            raise InputError(
-                "out of memory",
-                where="train",
-                value=" ".join(str(error).split())[:200] or None,
-                fix="lower train.slots_per_pass or data.memory_gib; dry_run=true tells what a run takes",
-            ) from error
-        raise
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            "out of memory",
+            where="train",
+            value=" ".join(str(error).split())[:200] or None,
+            fix="lower train.slots_per_pass or data.memory_gib; dry_run=true tells what a run takes",
+        ) from error

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Generic, Protocol, TypeVar
 
-from distseg.errors import DistsegError, InputError
+from distseg.errors import DistsegError, InputError, is_out_of_memory
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -36,6 +36,9 @@ class Outcome(Generic[Value]):
     key: str
     value: Value | None = None
     error: str | None = None
+
+
+OUT_OF_MEMORY = "out of memory; use fewer resources.workers"
 
 
 class Executor(Protocol):
@@ -57,6 +60,8 @@ def attempt(fn: Callable[[Item], Value], item: Item, key: str) -> Outcome[Value]
     except Exception as error:  # any fault of one item must leave the others running
         if os.environ.get("DISTSEG_TRACEBACK") == "1":
             traceback.print_exc(file=sys.stderr)
+        if is_out_of_memory(error):
+            return Outcome(key, error=OUT_OF_MEMORY)
         known = str(error) if isinstance(error, DistsegError) else f"{type(error).__name__}: {error}"
         return Outcome(key, error=" ".join(known.split()))
 
