@@ -338,6 +338,37 @@ def test_a_full_disk_while_tuning(cohort: str, small_disk: Path, capsys: pytest.
     assert [row["state"] for row in trials(small_disk / "run")] == ["finished"] * 2
 
 
+def test_tuning_from_storage_that_fails(
+    cohort: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reading fails in the warm-up, then in a trial, each time late; what was finished stays as it was."""
+    small = ("space=thresholds", "tune.trials=3", "tune.looks=2", "tune.validation_share=0.5", "train.steps=8")
+
+    def words(name: str) -> list[str]:
+        return command(
+            "tune", cohort=cohort, run=tmp_path / name, more=(*TINY, *small), tune__scheduler="none", data__memory_gib=0
+        )
+
+    assert here(words("u")) == 0
+    read = patches.PatchReader._read
+    for good_reads in (20, 90):
+        calls = itertools.count()
+
+        def fails(reader: Any, *arguments: Any, calls: Iterator[int] = calls, good: int = good_reads) -> Any:
+            time.sleep(0.005)
+            if next(calls) >= good:
+                raise OSError(errno.EIO, "Input/output error", "cohort")
+            return read(reader, *arguments)
+
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(patches.PatchReader, "_read", fails)
+            assert here(words("k")) in (2, 3)
+        assert "Input/output error" in capsys.readouterr().err
+    assert here(words("k")) == 0
+    assert trials(tmp_path / "k") == trials(tmp_path / "u")
+
+
 def test_labelling_from_storage_that_fails(
     cohort: str, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
