@@ -141,8 +141,10 @@ class LabelRuleConfig:
     passes: int | None = None  # of the teacher; None: the run's
     overlap: float = 0.5
     seed: int = 0
+    components: str = "model"  # model: filtered as the run's postprocess.components said; all: not filtered
 
     def __post_init__(self) -> None:
+        one_of("label.components", self.components, ("model", "all"))
         if self.threshold is not None:
             between("label.threshold", self.threshold, 0.0, 100.0)
         if self.quantile is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tempfile
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
-from distseg.data.nifti import write_nifti
 from distseg.data.volume import NativeGrid
 
 _QUICKLY = 1  # zlib's level: the planes are read once
@@ -35,18 +35,18 @@ class PlaneSpool:
         self._sizes.append(len(packed))
         self._file.write(packed)
 
-    def write_nifti(self, path: str | Path, native: NativeGrid) -> None:
-        """The volume in its native grid: one byte a voxel while this runs."""
-        write_nifti(path, self.read(native), native)
-
     def read(self, native: NativeGrid) -> npt.NDArray[np.uint8]:
-        """The volume in native axis order."""
+        """The volume in native axis order: one byte a voxel."""
         array = np.empty(native.shape, np.uint8, order="F")
         canonical = native.canonical_view(array)
         if len(self._sizes) != len(canonical):
             raise ValueError(f"{len(self._sizes)} planes of {len(canonical)}")
-        self._file.seek(0)
-        for z, size in enumerate(self._sizes):
-            plane = np.frombuffer(zlib.decompress(self._file.read(size)), np.uint8)
-            canonical[z] = plane.reshape(canonical.shape[1:])
+        for z, plane in enumerate(self.planes(canonical.shape[1:])):
+            canonical[z] = plane
         return array
+
+    def planes(self, shape_yx: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
+        """Each [Y, X], in the order in which they came."""
+        self._file.seek(0)
+        for size in self._sizes:
+            yield np.frombuffer(zlib.decompress(self._file.read(size)), np.uint8).reshape(shape_yx)

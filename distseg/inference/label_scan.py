@@ -51,18 +51,21 @@ class Code(IntEnum):
     RELIABLE = 0
     MATCHED = 1
     REJECTED = 2  # doubtful and not matched, takes the argmax: the matcher rejected it, or there is none
+    # A voxel outside the largest component of a class of one piece takes background, and this code at confidence 0.
 
 
 @dataclass(frozen=True)
 class LabelRule:
     """`threshold_nats`: entropy from which a voxel is doubtful. `quantile`: instead of it, that quantile of the scan's
-    own entropies. `min_similarity`: a voxel less similar than this to every class is not matched; None: all are."""
+    own entropies. `min_similarity`: a voxel less similar than this to every class is not matched; None: all are.
+    `keep_largest`: classes of which the mask keeps the largest component alone."""
 
     passes: PassSettings
     threshold_nats: float
     quantile: float | None = None
     min_similarity: float | None = None
     seed: int = 0
+    keep_largest: tuple[int, ...] = ()
 
 
 class Grids(NamedTuple):

@@ -6,12 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy import ndimage
 from torch import Tensor
 
-TOUCHING = np.ones((3, 3, 3))  # voxels that share a face, edge or corner are one component, as in evaluation
+from distseg.inference.islands import SlabComponents
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class FactsOfPlanes:
         self._surface_entropy = 0.0
         self._overlap = torch.zeros(num_classes, dtype=torch.float64)
         self._soft, self._hard = self._overlap.clone(), self._overlap.clone()
-        self._components = [_Components() for _ in range(1, num_classes)]
+        self._components = [SlabComponents() for _ in range(1, num_classes)]
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # label, entropy, touched [1, Y, X] of the newest plane
 
     def add(self, shares: Tensor, entropy: Tensor, *, label: Tensor, teacher: Tensor, codes: Tensor) -> None:
@@ -114,59 +112,3 @@ class FactsOfPlanes:
     def _count_surface(self, entropy: Tensor, touched: Tensor) -> None:
         self._counts["surface"] += int(touched.sum())
         self._surface_entropy += float(entropy[touched].sum(dtype=torch.float64))
-
-
-class _Components:
-    """Connected components of a mask that comes slab by slab: sizes are kept per component, joined where slabs meet."""
-
-    def __init__(self) -> None:
-        self._parent: list[int] = []
-        self._size: list[int] = []
-        self._top: np.ndarray | None = None  # [Y, X] component numbers + 1 of the newest plane, 0 outside
-
-    def add(self, mask: np.ndarray) -> None:
-        if not mask.any():
-            self._top = None
-            return
-        numbers, count = ndimage.label(mask, structure=TOUCHING)
-        offset = len(self._parent)
-        self._parent += range(offset, offset + count)
-        self._size += np.bincount(numbers.ravel(), minlength=count + 1)[1:].tolist()
-        numbers[numbers > 0] += offset
-        if self._top is not None:
-            for below, above in _touching_pairs(self._top, numbers[0]):
-                self._join(below - 1, above - 1)
-        self._top = numbers[-1].copy()
-
-    @property
-    def count(self) -> int:
-        return sum(parent == i for i, parent in enumerate(self._parent))
-
-    @property
-    def largest_share(self) -> float:
-        sizes = [size for i, size in enumerate(self._size) if self._parent[i] == i]
-        return max(sizes) / sum(sizes) if sizes else 0.0
-
-    def _join(self, a: int, b: int) -> None:
-        a, b = self._root(a), self._root(b)
-        if a != b:
-            self._parent[b] = a
-            self._size[a] += self._size[b]
-
-    def _root(self, i: int) -> int:
-        while self._parent[i] != i:
-            self._parent[i] = i = self._parent[self._parent[i]]
-        return i
-
-
-def _touching_pairs(below: np.ndarray, above: np.ndarray) -> set[tuple[int, int]]:
-    """Pairs of numbers of two neighbouring planes [Y, X] that share a face, edge or corner."""
-    pairs: set[tuple[int, int]] = set()
-    padded = np.pad(below, 1)
-    rows, columns = above.shape
-    for dy in range(3):
-        for dx in range(3):
-            shifted = padded[dy : dy + rows, dx : dx + columns]
-            both = (shifted > 0) & (above > 0)
-            pairs.update(zip(shifted[both].tolist(), above[both].tolist(), strict=True))
-    return pairs

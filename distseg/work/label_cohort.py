@@ -149,6 +149,7 @@ def _identity(fingerprint: str, model: Model, rule: LabelRule, *, overlap: float
         "min_similarity": rule.min_similarity,
         "overlap": overlap,
         "seed": rule.seed,
+        "keep_largest": [model.class_names[value] for value in rule.keep_largest],
     }
 
 

@@ -101,7 +101,7 @@ def read_facts(output: Path, wanted: set[str]) -> Facts:
 
 _COLUMNS = (
     "expected_dice", "surface_entropy", "doubtful_share", "matched_share", "disagreement", "largest_share",
-    "threshold_nats", "native_voxels", "seconds",
+    "threshold_nats", "native_voxels", "removed_voxels", "seconds",
 )  # fmt: skip
 
 
@@ -117,6 +117,7 @@ def _numbers(line: Mapping[str, Any]) -> tuple[float, ...]:
         min(line["largest_share"]),
         line["threshold_nats"],
         line["native_voxels"],
+        line["removed_voxels"],
         line["seconds"],
     )
 

@@ -19,12 +19,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from distseg.config.verbs import LabelRuleConfig
-from distseg.data.label_output import KINDS
+from distseg.data.label_output import CODE_STEP, KINDS
+from distseg.data.nifti import write_nifti
 from distseg.data.plane_spool import PlaneSpool
-from distseg.inference.label_scan import Grids, LabelRule, Plane, label_scan
+from distseg.data.volume import NativeGrid
+from distseg.inference.islands import remove_islands
+from distseg.inference.label_scan import Code, Grids, LabelRule, Plane, label_scan
 from distseg.inference.model import Model, ModelInfo
 from distseg.inference.scan_facts import ScanFacts
 from distseg.inference.teacher_passes import PassSettings
@@ -71,7 +76,8 @@ def rule_of(config: LabelRuleConfig, info: ModelInfo) -> LabelRule:
         config.passes or info.passes, info.teacher_noise_sigma, info.teacher_noise_clip, info.uncertainty
     )
     threshold = info.threshold_nats if config.threshold is None else config.threshold
-    return LabelRule(passes, threshold, config.quantile, config.min_similarity, config.seed)
+    whole = info.whole_values(config.components)
+    return LabelRule(passes, threshold, config.quantile, config.min_similarity, config.seed, whole)
 
 
 def label_one(task: LabelTask) -> Labelled:
@@ -89,17 +95,49 @@ def label_one(task: LabelTask) -> Labelled:
                 model, scan, scan_id=task.scan_id, rule=task.rule, overlap=task.overlap, device=device, spools=spools
             )
             network_s = time.perf_counter() - waited
-        for kind, spool in spools.items():
-            file = staged_path(staging, kind, task.scan_id)
-            spool.write_nifti(file, scan.native)
-            _to_disk(file)
+        removed = _write(spools, task, scan.native)
     more = {
+        "removed_voxels": removed,
         "native_voxels": math.prod(scan.native.shape),
         "run_voxel_ml": math.prod(model.spacing_mm) / 1000,
         "network_s": round(network_s, 3),
         "seconds": round(time.perf_counter() - begun, 3),
     }
     return Labelled(task.scan_id, task.source.version, {**dataclasses.asdict(facts), **more})
+
+
+def _write(spools: dict[str, PlaneSpool], task: LabelTask, native: NativeGrid) -> int:
+    """Stage both files, one volume in memory at a time; returns how many voxels of the mask were islands."""
+    masks, trusts = (spools[kind] for kind in KINDS)
+    removed = 0
+    with PlaneSpool(task.staging) as islands:
+        for kind, spool in ((KINDS[0], masks), (KINDS[1], trusts)):
+            volume = spool.read(native)
+            if spool is masks:
+                removed = without_islands(volume, native, task.rule, into=islands)
+            elif removed:
+                view = native.canonical_view(volume)
+                for plane, island in zip(view, islands.planes(view.shape[1:]), strict=True):
+                    plane[island > 0] = int(Code.REJECTED) * CODE_STEP
+            file = staged_path(Path(task.staging), kind, task.scan_id)
+            write_nifti(file, volume, native)
+            _to_disk(file)
+    return removed
+
+
+def without_islands(
+    mask: npt.NDArray[np.uint8], native: NativeGrid, rule: LabelRule, *, into: PlaneSpool | None = None
+) -> int:
+    """Keep the largest component of the rule's classes in `mask`, native axis order, in place; what was removed goes
+    to `into` as planes of 0 and 1. Returns how many voxels."""
+    removed = 0
+    if rule.keep_largest:
+        for slab in remove_islands(native.canonical_view(mask), values=rule.keep_largest):
+            removed += int(np.count_nonzero(slab))
+            if into is not None:
+                for plane in slab:
+                    into.add(plane.view(np.uint8))
+    return removed
 
 
 def label_open_scan(

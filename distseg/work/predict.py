@@ -36,7 +36,7 @@ from distseg.inference.label_scan import LabelRule
 from distseg.inference.whole_scan import ScanIntensity, cached_model, model_fingerprint, segment_scan, use_threads
 from distseg.work.executor import Executor, available_cores
 from distseg.work.label_sources import OpenScan
-from distseg.work.label_task import label_open_scan, rule_of
+from distseg.work.label_task import label_open_scan, rule_of, without_islands
 from distseg.work.predict_inputs import find_inputs, is_mask
 from distseg.work.predict_record import RECORD, add_to_record, refuse_others_masks
 
@@ -101,8 +101,8 @@ def predict_files(
     made_by = {"model": fingerprint, "network": network, "overlap": overlap, "components": components, "label": None}
     rule = None if label is None else rule_of(label, cached_model(run, fingerprint)[0].info)
     if label is not None and rule is not None:
-        by_label = {"network": "teacher", "overlap": label.overlap, "components": "all"}
-        made_by |= {**by_label, "label": dataclasses.asdict(rule)}
+        by_label = {"network": "teacher", "overlap": label.overlap, "components": label.components}
+        made_by |= {**by_label, "label": {**dataclasses.asdict(rule), "keep_largest": list(rule.keep_largest)}}
     record = None if is_mask(Path(output), format) else Path(output) / RECORD
     existing = {one.mask: one for one in inputs if one.mask.exists()}
     refuse_others_masks(existing, made_by, record)
@@ -198,7 +198,9 @@ def _label_file(task: _Task, scan: OpenScan) -> None:
             device=device,
             spools=dict(zip(KINDS, (masks, trusts), strict=True)),
         )
-        _write(task, masks.read(scan.native), scan.native)
+        labelled = masks.read(scan.native)
+    without_islands(labelled, scan.native, task.rule)
+    _write(task, labelled, scan.native)
 
 
 def _write(task: _Task, mask: npt.NDArray[np.uint8], native: NativeGrid) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from distseg.data.cohort import Cohort
 from distseg.data.label_output import KINDS, ledger_path, read_identity, read_ledger
 from distseg.data.nifti import read_nifti
 from distseg.errors import DataError, InputError, RunMismatchError
+from distseg.evaluation.metrics import largest_components
 from distseg.inference import whole_scan
 from distseg.inference.sliding_window import run_grid
 from distseg.work.executor import STOPPING, LocalExecutor
@@ -331,6 +333,39 @@ def test_predict_by_label_is_label_on_one_file(undisturbed: Path, run: str, coho
     assert main(["predict", *keys, "by=label", "label.overlap=0.25"]) == 0  # kept
     for other in (["by=label", "label.overlap=0.25", "label.threshold=0.3"], ["network=teacher", "overlap=0.25"]):
         assert main(["predict", *keys, *other]) == 2
+
+
+def test_classes_of_one_piece_keep_one_piece(run: str, cohort_path: str, undisturbed: Path, tmp_path: Path) -> None:
+    """As predict and evaluate do. What goes is told, and is no label that a next round would trust."""
+    whole = tmp_path / "whole"
+    shutil.copytree(run, whole)
+    described = whole / "model/model.json"
+    described.write_text(json.dumps({**json.loads(described.read_text()), "whole": ["femur"]}))
+    label(str(whole), cohort_path, tmp_path / "o")
+    removed = 0
+    with (tmp_path / "o/scans.csv").open() as file:
+        told = {row["scan_id"]: int(float(row["removed_voxels"])) for row in csv.DictReader(file)}
+    for scan_id in ALL:
+        before, after, trust = (
+            read_nifti(folder / kind / f"{scan_id}.nii.gz").array.astype(np.uint8)
+            for folder, kind in ((undisturbed, "masks"), (tmp_path / "o", "masks"), (tmp_path / "o", "trust"))
+        )
+        np.testing.assert_array_equal(after, largest_components(before, values=[2]))
+        gone = before != after
+        assert told[scan_id] == gone.sum()
+        assert set(np.unique(trust[gone])) <= {2 * 64}
+        unchanged = read_nifti(undisturbed / f"trust/{scan_id}.nii.gz").array
+        np.testing.assert_array_equal(trust[~gone], unchanged[~gone])
+        removed += int(gone.sum())
+    assert removed > 0
+    everything = tmp_path / "all"
+    label(str(whole), cohort_path, everything, settings=dataclasses.replace(SETTINGS, components="all"))
+    assert (everything / "masks/a.nii.gz").read_bytes() == (undisturbed / "masks/a.nii.gz").read_bytes()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.nii.gz").write_bytes((Path(cohort_path).parent / "source/imagesTr/a_0000.nii.gz").read_bytes())
+    keys = [f"run={whole}", f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "logging.progress=false"]
+    assert main(["predict", *keys, "by=label", "label.overlap=0.25"]) == 0
+    assert (tmp_path / "out/a.nii.gz").read_bytes() == (tmp_path / "o/masks/a.nii.gz").read_bytes()
 
 
 def test_a_dry_run_writes_nothing_and_says_what_it_takes(
