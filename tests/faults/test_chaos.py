@@ -338,35 +338,71 @@ def test_a_full_disk_while_tuning(cohort: str, small_disk: Path, capsys: pytest.
     assert [row["state"] for row in trials(small_disk / "run")] == ["finished"] * 2
 
 
-def test_tuning_from_storage_that_fails(
-    cohort: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Reading fails in the warm-up, then in a trial, each time late; what was finished stays as it was."""
+def sweep(cohort: str, run: Path) -> list[str]:
+    """No patch is kept in memory: each is read, every time."""
     small = ("space=thresholds", "tune.trials=3", "tune.looks=2", "tune.validation_share=0.5", "train.steps=8")
+    return command("tune", cohort=cohort, run=run, more=(*TINY, *small), tune__scheduler="none", data__memory_gib=0)
 
-    def words(name: str) -> list[str]:
-        return command(
-            "tune", cohort=cohort, run=tmp_path / name, more=(*TINY, *small), tune__scheduler="none", data__memory_gib=0
-        )
 
-    assert here(words("u")) == 0
-    read = patches.PatchReader._read
+@pytest.fixture(scope="module")
+def undisturbed_sweep(cohort: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed_sweep") / "run"
+    assert Forked(sweep(cohort, run)).wait() == 0
+    return run
+
+
+def reads_that_fail(fails: Callable[[int], bool]) -> Callable[..., Any]:
+    """In the place of PatchReader._read: each takes its time, and that number `fails`."""
+    read, calls = patches.PatchReader._read, itertools.count(1)
+
+    def _read(reader: Any, *arguments: Any) -> Any:
+        time.sleep(0.005)
+        if fails(next(calls)):
+            raise OSError(errno.EIO, "Input/output error", "cohort")
+        return read(reader, *arguments)
+
+    return _read
+
+
+def test_tuning_from_storage_that_fails(
+    cohort: str,
+    undisturbed_sweep: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Reading fails in the warm-up, then in a trial, for good each time; what was finished stays as it was."""
+    words = sweep(cohort, tmp_path / "k")
     for good_reads in (20, 90):
-        calls = itertools.count()
-
-        def fails(reader: Any, *arguments: Any, calls: Iterator[int] = calls, good: int = good_reads) -> Any:
-            time.sleep(0.005)
-            if next(calls) >= good:
-                raise OSError(errno.EIO, "Input/output error", "cohort")
-            return read(reader, *arguments)
-
-        capsys.readouterr()
         with monkeypatch.context() as patch:
-            patch.setattr(patches.PatchReader, "_read", fails)
-            assert here(words("k")) in (2, 3)
-        assert "Input/output error" in capsys.readouterr().err
-    assert here(words("k")) == 0
-    assert trials(tmp_path / "k") == trials(tmp_path / "u")
+            patch.setattr(patches.PatchReader, "_read", reads_that_fail(lambda n, good=good_reads: n > good))
+            assert here(words) in (2, 3)
+        said = capsys.readouterr().err
+        assert "Input/output error" in said
+        assert "Traceback" not in said
+    assert here(words) == 0
+    assert trials(tmp_path / "k") == trials(undisturbed_sweep)
+
+
+def test_tuning_from_storage_whose_every_nth_read_fails(
+    cohort: str,
+    undisturbed_sweep: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same command again and again gets through, by what each one leaves: no trial is lost, none is there twice."""
+    words, codes = sweep(cohort, tmp_path / "k"), []
+    with monkeypatch.context() as patch:
+        patch.setattr(patches.PatchReader, "_read", reads_that_fail(lambda n: n % 70 == 0))
+        while len(codes) < 12 and codes[-1:] != [0]:
+            codes.append(here(words))
+            said = capsys.readouterr().err
+            assert codes[-1] == 0 or "Input/output error" in said
+            assert "Traceback" not in said
+    assert set(codes[:-1]) <= {2, 3}
+    assert (len(codes) > 1, codes[-1]) == (True, 0), codes
+    assert trials(tmp_path / "k") == trials(undisturbed_sweep)
 
 
 def test_labelling_from_storage_that_fails(
