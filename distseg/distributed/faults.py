@@ -71,3 +71,11 @@ def why_training_failed(error: ray.train.TrainingFailedError, max_failures: int)
         fix = "lower train.slots_per_pass, data.memory_gib or resources.workers, or take nodes with more memory"
         return InputError(f"workers ran out of memory {max_failures + 1} times: {told}", where="train", fix=fix)
     return DistsegError(f"workers failed {max_failures + 1} times, so the run stops; {told}; the same command resumes")
+
+
+def controller_lost(error: ray.exceptions.RayActorError) -> DistsegError:
+    """Ray Train's controller went with its node, or was killed: nobody is left to start the workers again."""
+    return DistsegError(
+        f"Ray lost the run's controller: {in_words(error)}; its node has died or had no time to answer Ray; "
+        "the same command resumes"
+    )

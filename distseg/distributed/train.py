@@ -22,7 +22,7 @@ import torch
 from distseg.config.compose import from_plain, to_plain
 from distseg.config.schema import TrainRunConfig
 from distseg.distributed.cluster import connect
-from distseg.distributed.faults import FaultLog, why_training_failed
+from distseg.distributed.faults import FaultLog, controller_lost, why_training_failed
 from distseg.distributed.index_service import RayReferences, start_owner
 from distseg.errors import DistsegError
 from distseg.methods import uses_bank
@@ -88,6 +88,8 @@ def train_on_ray(config: TrainRunConfig, *, cpus_per_worker: int | None = None) 
                 trainer.fit()
             except ray.train.TrainingFailedError as error:
                 raise why_training_failed(error, MAX_WORKER_FAILURES) from error
+            except ray.exceptions.RayActorError as error:
+                raise controller_lost(error) from error
         return TrainResult(config.run, config.train.steps, resumed_from, run.last_metrics() or {})
 
 

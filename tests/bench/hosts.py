@@ -47,6 +47,7 @@ SCANS, LABELLED, SHAPE = 4, 2, (64, 96, 96)
 KINDS = {"one": ("a",), "two": ("a", "b")}
 CORES = {"a": 0, "b": 1}  # of those this process may use
 POLL_S, NODE_S, COMMAND_S = 0.02, 120.0, 1800.0
+SHOWN = 5000  # characters of what a failed command said
 
 
 @dataclass(frozen=True)
@@ -173,16 +174,16 @@ def _until(ready: Callable[[], bool], process: Popen[bytes], hosts: Hosts, withi
     deadline = time.perf_counter() + within_s
     while not ready():
         if process.poll() is not None and not ready():
-            raise RuntimeError(f"ended with {process.returncode}:\n{hosts.said('a')}")
+            raise RuntimeError(f"ended with {process.returncode}:\n{hosts.said('a')[-SHOWN:]}")
         if time.perf_counter() > deadline:
-            raise RuntimeError(f"no progress in {within_s:.0f} s:\n{hosts.said('a')}")
+            raise RuntimeError(f"no progress in {within_s:.0f} s:\n{hosts.said('a')[-SHOWN:]}")
         time.sleep(POLL_S)
     return time.perf_counter()
 
 
 def _ended_well(driver: Popen[bytes], hosts: Hosts) -> None:
     if driver.wait(COMMAND_S) != 0:
-        raise RuntimeError(f"ended with {driver.returncode}:\n{hosts.said('a')}")
+        raise RuntimeError(f"ended with {driver.returncode}:\n{hosts.said('a')[-SHOWN:]}")
 
 
 def _cpu(hosts: Hosts, names: tuple[str, ...]) -> dict[int, float]:

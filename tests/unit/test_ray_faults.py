@@ -9,7 +9,7 @@ import pytest
 import ray
 import ray.train
 
-from distseg.distributed.faults import FaultLog, in_words, own_error, why_training_failed
+from distseg.distributed.faults import FaultLog, controller_lost, in_words, own_error, why_training_failed
 from distseg.errors import DistsegError, InputError, NonFiniteLossError, WorkersLostError
 
 NO_MEMORY = ray.exceptions.OutOfMemoryError("Memory on the node was 31 GiB / 32 GiB")
@@ -76,3 +76,9 @@ def test_a_cycle_of_causes_ends() -> None:
 def test_a_full_disk_is_no_fault_of_the_controller(tmp_path: Path) -> None:
     FaultLog(tmp_path / "gone" / "faults").after_exception(None, {0: ValueError("x")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_controller_that_went_with_its_node_is_no_fault_of_ours() -> None:
+    told = str(controller_lost(ray.exceptions.ActorDiedError()))
+    assert told.startswith("Ray lost the run's controller: ActorDiedError: The actor died unexpectedly")
+    assert told.endswith("its node has died or had no time to answer Ray; the same command resumes")
