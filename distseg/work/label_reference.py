@@ -14,7 +14,7 @@ from scipy import ndimage
 from distseg.data.cohort import Cohort, Scan, ScanRecord
 from distseg.data.place import join
 from distseg.errors import InputError
-from distseg.inference.islands import TOUCHING
+from distseg.inference.components import TOUCHING
 from distseg.training.remote_run import readable_run
 
 MOST_SCANS = 50  # whose annotation is opened to count pieces

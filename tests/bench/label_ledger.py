@@ -26,8 +26,8 @@ SCANS, LINES = 100_000, 1_000_000
 _FACTS = {
     "voxels": 1, "windows": 1, "windows_embedded": 0, "threshold_nats": 0.5, "doubtful": 3, "matched": 2,
     "disagreeing": 1, "surface_voxels": 5, "surface_entropy": 0.25, "class_voxels": [9], "expected_dice": [0.75],
-    "components": [1], "largest_share": [1.0], "descriptor": [0.25] * 16, "native_voxels": 1, "run_voxel_ml": 0.05,
-    "removed_voxels": 0, "network_s": 0.0, "seconds": 0.0,
+    "components": [1], "largest_share": [1.0], "descriptor": [0.25] * 16, "native_voxels": 1, "native_voxel_ml": 0.05,
+    "mask_voxels": [9], "removed_voxels": 0, "network_s": 0.0, "seconds": 0.0,
 }  # fmt: skip
 
 
