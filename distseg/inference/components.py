@@ -52,7 +52,7 @@ class Components:
 
     def add(self, mask: Mask) -> None:
         """The next planes [n, Y, X], n >= 1."""
-        box = _joined(self._box, _box_of(mask.any(0)))
+        box = _joined(self._box, _box_of(np.asarray(mask.any(0), np.bool_)))
         if self._top is None:
             self._top = np.zeros(mask.shape[1:], np.int32)
         if box is None:
@@ -146,7 +146,7 @@ class LargestAgain:
     def take(self, mask: Mask) -> Mask:
         """Of the next planes [n, Y, X] the voxels of the largest component."""
         largest = np.zeros(mask.shape, bool)
-        box = _joined(self._box, _box_of(mask.any(0)))
+        box = _joined(self._box, _box_of(np.asarray(mask.any(0), np.bool_)))
         if box is not None:
             numbers, count = ndimage.label(mask[:, *box], structure=TOUCHING)
             going_on, chosen = np.zeros(count + 1, bool), np.zeros(count + 1, bool)
