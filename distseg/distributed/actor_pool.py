@@ -15,7 +15,7 @@ import ray
 
 from distseg.distributed.cluster import Connection, connect
 from distseg.errors import InputError, is_out_of_memory
-from distseg.work.executor import OUT_OF_MEMORY, Item, Outcome, Value, attempt
+from distseg.work.executor import MOST_OFTEN, OUT_OF_MEMORY, Item, Outcome, Value, attempt
 
 MOST_FAILED_STARTS = 3  # of actors in a row, before the pool gives up
 
@@ -180,7 +180,8 @@ class _Run:
         self._start()
         for held in ([work] if work else []) + list(actor.in_flight.values()):
             if held.died_before:
-                why = f"its worker died ({type(error).__name__}: {_line(error)})"
+                # Ray knows why only of what it killed itself: not of the kernel's killer, nor of a library that aborts.
+                why = f"its worker died twice ({type(error).__name__}: {_line(error)}), {MOST_OFTEN}"
                 if is_out_of_memory(error):
                     why = f"its worker was killed by Ray: {OUT_OF_MEMORY}"
                 yield Outcome(self._key(held.item), error=why)

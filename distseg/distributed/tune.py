@@ -37,7 +37,8 @@ _ENVIRONMENT = {
     "TUNE_WARN_THRESHOLD_S": "60",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-_DASHBOARD_S = 60  # to answer; it is up after 3 to 20 s
+_DASHBOARD_S = 60  # to answer; it is up after 3 to 20 s, on a machine full of other work after more
+_ASK_EVERY_S = 1.0
 # Tune refuses a trial that asks for nothing. The CPUs are its workers', so it asks for a little memory.
 _NESTED_TRIAL = {"memory": float(2**20)}
 
@@ -142,13 +143,18 @@ def _check_population(sweep: Sweep, room: int, workers: int) -> None:
 
 def _check_dashboard() -> None:
     """Ray Train frees a stopped run's CPUs through it: without, a sweep with ASHA would wait for them for ever."""
-    try:
-        ray.util.state.list_nodes(limit=1, timeout=_DASHBOARD_S)
-    except (ray.util.state.exception.RayStateApiException, ConnectionError) as error:
-        raise InputError(
-            "Ray's dashboard does not answer",
-            where="tune.runner",
-            value="train",
-            rule="it frees the CPUs of trials that were stopped",
-            fix="start the cluster with ray[default] and its dashboard, or set tune.runner=inline",
-        ) from error
+    deadline = time.monotonic() + _DASHBOARD_S
+    while True:
+        try:
+            ray.util.state.list_nodes(limit=1, timeout=_DASHBOARD_S)
+            return
+        except (ray.util.state.exception.RayStateApiException, ConnectionError) as error:
+            if time.monotonic() >= deadline:  # one that is on its way up refuses at once: it is asked again
+                raise InputError(
+                    "Ray's dashboard does not answer",
+                    where="tune.runner",
+                    value="train",
+                    rule="it frees the CPUs of trials that were stopped",
+                    fix="start the cluster with ray[default] and its dashboard, or set tune.runner=inline",
+                ) from error
+        time.sleep(_ASK_EVERY_S)

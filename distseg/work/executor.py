@@ -39,6 +39,7 @@ class Outcome(Generic[Value]):
 
 
 OUT_OF_MEMORY = "out of memory; use fewer resources.workers"
+MOST_OFTEN = "most often for want of memory; use fewer resources.workers"  # of a worker that died without a word
 
 
 class Executor(Protocol):
@@ -151,8 +152,7 @@ class LocalExecutor:
                 except BrokenProcessPool:
                     broken = True
                     if alone:
-                        why = "its worker process died, most often for want of memory; use fewer resources.workers"
-                        yield Outcome(key(item), error=why)
+                        yield Outcome(key(item), error=f"its worker process died, {MOST_OFTEN}")
                     else:
                         suspects.append(item)
             if broken:

@@ -10,7 +10,7 @@ from pathlib import Path
 BENCHMARKS = (
     "step", "step_growth", "precision", "methods", "index", "embeddings", "bank", "scaling", "ray", "resume", "tune",
     "label", "label_actors", "label_ledger", "label_quality",
-    "ingest", "layout", "patches", "loader", "open_cohort",
+    "ingest", "layout", "patches", "loader", "open_cohort", "hosts", "layers",
 )  # fmt: skip
 OPTIONS = {
     "index": ("large",),
@@ -21,10 +21,12 @@ OPTIONS = {
     "label_ledger": ("scans",),
     "label_quality": ("trained", "cohort", "output"),
     "patches": ("data",),
+    "hosts": ("rounds",),
+    "tune": ("cohort", "trials"),
 }  # which of the arguments a benchmark takes
 
 
-NEED_A_RUN = ("label_quality",)  # left out where none is named
+LEFT_OUT = ("label_quality", "hosts", "layers")  # unless named: one needs a run, one root, one fetches half a gigabyte
 
 
 def main() -> None:
@@ -35,16 +37,18 @@ def main() -> None:
     parser.add_argument(
         "--trained", metavar="RUN", help="embeddings, precision, label*: a finished run whose model is looked at"
     )
-    parser.add_argument("--cohort", help="embeddings, precision, label*: a cohort of its kind")
+    parser.add_argument("--cohort", help="embeddings, precision, label*: of the run's kind; tune: to train on")
     parser.add_argument("--scans", type=int, help="label, label_actors, label_ledger: so many in place of their own")
     parser.add_argument("--output", help="label_quality: where masks and review are kept")
     parser.add_argument("--data", help="patches: a folder that keeps the scans made (10 GB) for the next time")
+    parser.add_argument("--rounds", type=int, help="hosts: fewer than its own five")
+    parser.add_argument("--trials", type=int, help="tune: fewer than its own sixteen")
     arguments = parser.parse_args()
     unknown = sorted(set(arguments.names) - set(BENCHMARKS))
     if unknown:
         parser.error(f"no benchmark {', '.join(unknown)}: there are {', '.join(BENCHMARKS)}")
     results: dict[str, float] = {}
-    for name in arguments.names or [name for name in BENCHMARKS if name not in NEED_A_RUN]:
+    for name in arguments.names or [name for name in BENCHMARKS if name not in LEFT_OUT]:
         options = {option: getattr(arguments, option) for option in OPTIONS.get(name, ())}
         results |= importlib.import_module(f"tests.bench.{name}").run(**options)
     if arguments.json:

@@ -83,9 +83,9 @@ class Bench:
             self.run = trained
             self._write_cohort(Cohort.open(cohort), scans or MOST_SCANS)
         else:
-            self.run = _untrained_run(scratch)
+            self.run = untrained_run(scratch)
             for number in range(min(scans or PHANTOMS, PHANTOMS)):
-                _write(self.images / f"phantom_{number}.nii.gz", make_phantom(number).image, SPACING_MM)
+                write_image(self.images / f"phantom_{number}.nii.gz", make_phantom(number).image, SPACING_MM)
             self.settings.threshold = self._threshold_of(DOUBTFUL)
         self.model, _ = cached_model(self.run, model_fingerprint(self.run))
 
@@ -184,13 +184,13 @@ class Bench:
                     mode="gaussian",
                 )  # fmt: skip
         mask = mean.argmax(1)[0].to(torch.uint8).numpy()
-        _write(self.scratch / "plain.nii.gz", mask, info.spacing_mm)
+        write_image(self.scratch / "plain.nii.gz", mask, info.spacing_mm)
         return mask
 
     def _write_cohort(self, cohort: Cohort, count: int) -> None:
         for record in cohort.records[:count]:
             scan = cohort.scan(record.scan_id)
-            _write(self.images / f"{record.scan_id}.nii.gz", np.asarray(scan.image[...]), scan.geometry.spacing_mm)
+            write_image(self.images / f"{record.scan_id}.nii.gz", np.asarray(scan.image[...]), scan.geometry.spacing_mm)
 
 
 @contextlib.contextmanager
@@ -241,7 +241,7 @@ def _recording(replays: list[Callable[[], object]]) -> Iterator[None]:
         yield
 
 
-def _untrained_run(scratch: Path) -> str:
+def untrained_run(scratch: Path) -> str:
     config = train_config(cohort="-", run="-", preset="small", overrides={})
     z, y, x = config.sampling.patch_zyx
     info = ModelInfo(
@@ -265,7 +265,7 @@ def _untrained_run(scratch: Path) -> str:
     return str(run)
 
 
-def _write(path: Path, array: np.ndarray, spacing_mm: Any) -> None:
+def write_image(path: Path, array: np.ndarray, spacing_mm: Any) -> None:
     """[Z, Y, X] as a file with axes x, y, z towards L, P, S."""
     z, y, x = spacing_mm
     nib.save(nib.Nifti1Image(np.ascontiguousarray(array.transpose(2, 1, 0)), np.diag([-x, -y, z, 1.0])), path)

@@ -7,7 +7,11 @@ values of the space `thresholds`, no scheduler. Ray's workers keep this command'
   inline    Ray, tune.runner=inline, the same 16 on the CPUs of this machine
   train     Ray, tune.runner=train, 2 trials of one worker each
 
-Keys:
+With `--cohort C` trials that really train, in place of those: preset `small` as it stands (`embedding_matching`), 60
+steps each from one warm-up of as many, on 4 labelled scans of C; `local`, and `inline` two at once, on one CPU each.
+`--trials N`: not sixteen.
+
+Keys; with a cohort they begin with tune.trained:
   tune.overhead_s.local, .inline, .train    a trial's seconds, begun to ended, less its steps': the median
   tune.first_trial_s.KIND                   Enter to the first trial's end
   tune.inline_over_one_by_one               wall time of the whole command, `inline` / `local`
@@ -31,13 +35,17 @@ from rich.table import Table
 from distseg.training.run import RunDirectory
 from tests.unit.tiny_cohort import make_cohort
 
-KINDS = {"local": 16, "inline": 16, "train": 2}  # trials
-KEYS = (
-    "space=thresholds", "tune.search=random", "tune.scheduler=none", "tune.looks=2", "tune.validation_share=0.5",
-    "train.threads=1", "train.steps=12", "train.validation_patches=4", "network.base_filters=2", "network.levels=2",
-    "sampling.patch_zyx=[8,8,8]", "method.passes=2", "references.patches=4", "matching.k=3",
+TRIALS = {"local": 16, "inline": 16, "train": 2}
+TRAINED_TRIALS = {"local": 16, "inline": 16}
+SWEEP = (
+    "space=thresholds", "tune.search=random", "tune.scheduler=none", "tune.looks=2", "train.threads=1",
     "logging.tensorboard=false", "logging.progress=false",
 )  # fmt: skip
+NEXT_TO_NOTHING = (
+    "tune.validation_share=0.5", "train.steps=12", "train.validation_patches=4", "network.base_filters=2",
+    "network.levels=2", "sampling.patch_zyx=[8,8,8]", "method.passes=2", "references.patches=4", "matching.k=3",
+)  # fmt: skip
+TRAINED = ("preset=small", "train.steps=60", "data.labeled_scans=4", "tune.concurrent=2")
 POLL_S = 0.05
 
 
@@ -50,30 +58,33 @@ class Swept:
     overheads_s: list[float]
 
 
-def run() -> dict[str, float]:
+def run(cohort: str | None = None, trials: int | None = None) -> dict[str, float]:
     swept: dict[str, Swept] = {}
+    counts, keys = (TRIALS, NEXT_TO_NOTHING) if cohort is None else (TRAINED_TRIALS, TRAINED)
+    counts = {kind: min(count, trials or count) for kind, count in counts.items()}
     with tempfile.TemporaryDirectory(prefix="distseg-bench-") as folder:
-        cohort = make_cohort(Path(folder) / "cohort")
-        for kind, trials in KINDS.items():
-            swept[kind] = _swept(cohort, Path(folder) / kind, kind, trials)
+        path = cohort or make_cohort(Path(folder) / "cohort")
+        for kind, count in counts.items():
+            swept[kind] = _swept(path, Path(folder) / kind, kind, count, keys)
             print(kind, swept[kind], flush=True)
-    table = Table(title="a sweep of trials with next to nothing to train")
+    table = Table(title=f"a sweep of trials with {'60 steps' if cohort else 'next to nothing'} to train")
     for head in ("", "trials", "wall s", "first trial's end s", "beside its steps, s a trial"):
         table.add_column(head)
     for kind, found in swept.items():
         numbers = found.wall_s, found.first_trial_s, statistics.median(found.overheads_s)
-        table.add_row(kind, str(KINDS[kind]), *(f"{number:.1f}" for number in numbers))
+        table.add_row(kind, str(counts[kind]), *(f"{number:.1f}" for number in numbers))
     Console().print(table)
+    prefix = "tune.trained" if cohort else "tune"
     return {
-        **{f"tune.overhead_s.{kind}": statistics.median(found.overheads_s) for kind, found in swept.items()},
-        **{f"tune.first_trial_s.{kind}": found.first_trial_s for kind, found in swept.items()},
-        "tune.inline_over_one_by_one": swept["inline"].wall_s / swept["local"].wall_s,
+        **{f"{prefix}.overhead_s.{kind}": statistics.median(found.overheads_s) for kind, found in swept.items()},
+        **{f"{prefix}.first_trial_s.{kind}": found.first_trial_s for kind, found in swept.items()},
+        f"{prefix}.inline_over_one_by_one": swept["inline"].wall_s / swept["local"].wall_s,
     }
 
 
-def _swept(cohort: str, run_path: Path, kind: str, trials: int) -> Swept:
-    words = ["tune", f"cohort={cohort}", f"run={run_path}", f"tune.trials={trials}", *KEYS]
-    words += ["launcher=local", "tune.concurrent=1"] if kind == "local" else [f"tune.runner={kind}"]
+def _swept(cohort: str, run_path: Path, kind: str, trials: int, keys: tuple[str, ...]) -> Swept:
+    words = ["tune", f"cohort={cohort}", f"run={run_path}", f"tune.trials={trials}", *SWEEP, *keys]
+    words += [f"tune.runner={kind}"] if kind != "local" else ["launcher=local", "tune.concurrent=1"]
     environment = {**os.environ, "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
     environment.pop("RAY_ADDRESS", None)
     journal, log = run_path / "trials.jsonl", run_path.with_suffix(".log")

@@ -16,17 +16,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-DEPLOY = ROOT / "deploy"
+from tests.deploy.dockerfile import DEPLOY, PREFIX, ROOT, bare, copy, instructions, of_the_environment
+
 TORCH_INDEX = os.environ.get("TORCH_INDEX", "")
-PREFIX = "/opt/distseg"  # of the environment in the image
 MINUTES = 60
-
-
-def bare(**more: str) -> dict[str, str]:
-    """This environment without what would let the tree or the environment of the tests shine through."""
-    hidden = ("PYTHON", "RAY_", "VIRTUAL_ENV")
-    return {**{key: value for key, value in os.environ.items() if not key.startswith(hidden)}, **more}
 
 
 def run(command: list[str], *, cwd: Path, env: dict[str, str], minutes: int = 15) -> str:
@@ -58,18 +51,6 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def instructions(dockerfile: str) -> list[tuple[str, str]]:
-    """(word, rest) of each line, comments left out and continued lines joined."""
-    lines = [line for line in dockerfile.splitlines() if not line.startswith("#")]
-    joined = "\n".join(lines).replace("\\\n", " ")
-    return [(word, rest) for word, _, rest in (line.partition(" ") for line in joined.splitlines()) if word]
-
-
-def of_the_environment(rest: str) -> bool:
-    """A RUN line that fills the virtual environment: not one for the image's own system (users, apt)."""
-    return PREFIX in rest and "apt-get" not in rest
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(40 * MINUTES)
 def test_the_cpu_images_run_lines(python: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,16 +79,6 @@ def test_the_cpu_images_run_lines(python: str, tmp_path: Path, capsys: pytest.Ca
     assert_works(venv, tmp_path, last)
     assert not list(venv.rglob("__pycache__"))
     assert not list((venv / "lib" / "python3.11" / "site-packages").glob("pip*"))
-
-
-def copy(words: list[str], source: Path) -> None:
-    """COPY of files into a folder, or of one folder to a name."""
-    *froms, to = words
-    for name in froms:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / to, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, source / to)
 
 
 def test_run_lines_are_found_in_both_images() -> None:
