@@ -157,6 +157,7 @@ def train_from_config(config: TrainRunConfig) -> TrainResult | DryRun:
     config.train = _absolute(config.train, "init_from", urls=("init_from",))
     config.data = _absolute(config.data, "pseudo_labels")
     if config.dry_run:
+        _look_at(config.run)
         return _dry_run(config)
     from distseg.work.url_owner import owning_run
 
@@ -201,6 +202,7 @@ def evaluate_from_config(config: EvaluateConfig) -> dict[str, Any]:
     from distseg.work.evaluate import evaluate_run
 
     config = _absolute(config, "run", "cohort", urls=("run", "cohort"))
+    _look_at(config.run)
     with _executor(config.launcher, config.resources) as executor:
         return evaluate_run(
             run=config.run,
@@ -243,6 +245,7 @@ def predict_from_config(config: PredictConfig) -> PredictReport:
     from distseg.work.predict import predict_files
 
     config = _absolute(config, "run", "input", "output", urls=("run",))
+    _look_at(config.run)
     with _executor(config.launcher, config.resources) as executor:
         report = predict_files(
             run=config.run,
@@ -293,6 +296,7 @@ def label(
 
 def label_from_config(config: LabelConfig) -> LabelReport | LabelEstimate:
     config = _absolute(config, "run", "cohort", "output", urls=("run", "cohort"))
+    _look_at(config.run)
     if config.dry_run:
         from distseg.work.label_estimate import estimate_label
 
@@ -438,6 +442,7 @@ def export_from_config(config: ExportConfig) -> ExportReport:
     from distseg.inference.model import load_model
 
     config = _absolute(config, "run", "output", urls=("run",))
+    _look_at(config.run)
     model = load_model(config.run)
     if config.format == "monai_bundle":
         from distseg.inference.export_bundle import export_bundle
@@ -513,6 +518,14 @@ def _absolute(config: Config, *names: str, urls: Sequence[str] = ("cohort",)) ->
             raise ConfigError("a path cannot hold a null character", where=name)
         paths[name] = os.path.abspath(path)
     return dataclasses.replace(config, **paths)  # type: ignore[type-var]  # a dataclass by contract
+
+
+def _look_at(run: str) -> None:
+    """A store that is not there is told at once; one that goes away later is waited for."""
+    if "://" in run:
+        from distseg.data.place import reachable
+
+        reachable(run, key="run")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from distseg.data.place import os_errors
 from distseg.errors import DataError, InputError
 
+OWNER = "owner.json"  # in a run behind a URL, while it trains: see work/url_owner.py
 RETRY_S = 120.0  # that a store may be away; well below train.worker_timeout_s, for which other ranks wait
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 _THIS_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no store gets better by waiting for it

@@ -6,6 +6,7 @@ import dataclasses
 
 from distseg.config.schema import TrainRunConfig
 from distseg.data.cohort import Cohort
+from distseg.data.place import is_url, reachable
 from distseg.errors import ConfigError
 from distseg.training.checkpoint import Checkpoint, load_newest
 from distseg.training.plan import Plan
@@ -17,6 +18,8 @@ def parent_plan(config: TrainRunConfig) -> Plan | None:
     """The plan of the run to branch from, if its network and classes fit."""
     if config.train.init_from is None:
         return None
+    if is_url(config.train.init_from):
+        reachable(config.train.init_from, key="train.init_from")  # told at once, not waited for
     with readable_run(config.train.init_from) as directory:
         parent = directory.stored()
     if parent is None:

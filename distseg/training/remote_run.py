@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distseg.data.carry import (
+    OWNER,
     alone,
     files_below,
     get_files,
@@ -41,7 +42,6 @@ from distseg.errors import DataError, InputError
 from distseg.training.checkpoint import list_checkpoints, load_checkpoint
 from distseg.training.run import RunDirectory
 
-OWNER = "owner.json"
 _MARKER = "state.json"
 _NAME = re.compile(r"step_\d{7,12}")
 _SMALL = ("metrics.jsonl", "trackers.json")

@@ -65,12 +65,14 @@ class RunDirectory:
         try:
             content = read_yaml(self.config_file, "run")
             if content["format"] != FORMAT:
-                raise DataError("run of another format", where=self.config_file, value=content["format"])
+                where = f"{self.where}/config.yaml"
+                raise DataError("run of another format", where=where, value=content["format"])
             return StoredRun(from_plain(content["config"], TrainRunConfig), Plan.from_plain(content["plan"]))
         except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, InputError):
                 raise
-            raise DataError(f"unreadable run: {type(error).__name__} {error}", where=self.config_file) from error
+            where = f"{self.where}/config.yaml"
+            raise DataError(f"unreadable run: {type(error).__name__} {error}", where=where) from error
 
     def check_same(self, config: TrainRunConfig, stored: StoredRun) -> None:
         """Raises RunMismatchError, with the difference, if another run lives here."""

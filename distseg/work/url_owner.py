@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from distseg.data.carry import OWNER
 from distseg.data.place import create_text, is_url, os_errors, reachable, write_text
 from distseg.errors import InputError
-from distseg.training.remote_run import OWNER
 from distseg.work.owner import Owner
 
 HEARTBEAT_S = 5.0

@@ -31,6 +31,7 @@ from distseg.distributed.index_service import IndexOwner
 from distseg.errors import DataError, InputError, RunMismatchError
 from distseg.inference import whole_scan
 from distseg.training import remote_run
+from distseg.training.dry_run import steps_of_same_run
 from distseg.training.local import train_local
 from distseg.training.remote_run import run_directory, working_folder
 from distseg.work import url_owner
@@ -128,7 +129,7 @@ def killed_at(request: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[st
 
         def call(self: Any, *arguments: Any, **more: Any) -> Any:
             place = str(arguments[-1] if name == "put_file" else arguments[0])
-            if not place.endswith(remote_run.OWNER):
+            if not place.endswith(carry.OWNER):
                 if len(done) == request:
                     raise Killed(f"{name} {place}")
                 done.append(f"{name} {place}")
@@ -362,10 +363,39 @@ def test_what_reads_a_run_reads_it_from_a_url(
         distseg.predict(run="memory://bucket/none", input=image, output=tmp_path / "m.nii.gz", **common)
 
 
+def test_what_is_looked_at_before_anything_starts(
+    cohort_path: str, both: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run counts the steps behind the URL and leaves nothing; a store that is not there is told at once."""
+    assert steps_of_same_run(at(cohort_path)) == 12
+    with pytest.raises(RunMismatchError, match="another run lives here"):
+        steps_of_same_run(at(cohort_path, seed=5))
+    assert not working_folder(URL).parent.exists()
+
+    def gone(*_: object, **__: object) -> None:
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(carry, "RETRY_S", 60.0)
+    monkeypatch.setattr(type(as_place(URL)), "exists", gone)
+    for call in (
+        lambda: distseg.predict(run=URL, input=tmp_path, output=tmp_path, launcher="local"),
+        lambda: distseg.evaluate(run=URL, cohort=cohort_path, launcher="local"),
+        lambda: distseg.label(run=URL, cohort=cohort_path, output=tmp_path, launcher="local"),
+        lambda: distseg.export(run=URL, output=tmp_path),
+        lambda: distseg.api.train_from_config(at(cohort_path, launcher="local")),
+        lambda: distseg.api.train_from_config(at(cohort_path, launcher="local", dry_run=True)),
+    ):
+        with pytest.raises(InputError, match=rf"run: storage cannot be reached \(got {URL}\).*nobody answers"):
+            call()
+    with pytest.raises(InputError, match=r"train.init_from: storage cannot be reached"):
+        train_local(config(cohort_path, tmp_path / "branch", train__init_from=URL))
+
+
 # A real server
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_command_line_trains_to_s3(cohort_path: str, tmp_path: Path, s3_bucket: str) -> None:
     """Killed with SIGKILL and the machine's folder gone, the same command ends as the run on this file system; what
     reads it then reads it there."""
@@ -373,7 +403,7 @@ def test_the_command_line_trains_to_s3(cohort_path: str, tmp_path: Path, s3_buck
     words = [*TINY, f"cohort={cohort_path}", "train.steps=30"]
     assert distseg_command("train", *words, f"run={local}") == 0
     to_url = [sys.executable, "-m", "distseg.cli", "train", *words, f"run={url}"]
-    for kill_at in (8, 17, 23):
+    for kill_at in (8, 17):
         with started(to_url) as process:
             assert until(lambda at=kill_at: steps_done(working_folder(url)) >= at, process)
             process.kill()
