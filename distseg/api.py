@@ -3,7 +3,8 @@
 Each builds its verb's config (whose dataclass owns defaults and rules) and hands it to `VERB_from_config`, which is
 what the command line calls too. None of an optional argument means the schema's default. Imports are lazy: with
 `launcher="local"` no Ray is imported. Relative paths are made absolute here, as Ray's workers live elsewhere; a URL
-(`scheme://...`) is left alone. All raise InputError (bad input or config) and FinishedWithFailures.
+(`scheme://...`) is left alone where a cohort or a run may lie behind one. All raise InputError (bad input or config)
+and FinishedWithFailures.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 Launcher = Literal["ray", "local"]
 Config = TypeVar("Config")
+_MAY_BE_URLS = "cohort=, run= of train, evaluate, predict, label and export, and train.init_from="
 
 
 def ingest(
@@ -151,18 +153,22 @@ def train(
 
 
 def train_from_config(config: TrainRunConfig) -> TrainResult | DryRun:
-    config = _absolute(config, "cohort", "run")
-    config.train = _absolute(config.train, "init_from")
+    config = _absolute(config, "cohort", "run", urls=("cohort", "run"))
+    config.train = _absolute(config.train, "init_from", urls=("init_from",))
     config.data = _absolute(config.data, "pseudo_labels")
     if config.dry_run:
+        _look_at(config.run)
         return _dry_run(config)
+    from distseg.work.url_owner import owning_run
+
     if config.launcher == "local":
         from distseg.training.local import train_local
 
-        return train_local(config)
+        return train_local(config, claim=owning_run)
     from distseg.distributed.train import train_on_ray
 
-    return train_on_ray(config)
+    with owning_run(config.run) as claim:
+        return train_on_ray(config, claim=claim)
 
 
 def _dry_run(config: TrainRunConfig) -> DryRun:
@@ -195,7 +201,8 @@ def evaluate(
 def evaluate_from_config(config: EvaluateConfig) -> dict[str, Any]:
     from distseg.work.evaluate import evaluate_run
 
-    config = _absolute(config, "run", "cohort")
+    config = _absolute(config, "run", "cohort", urls=("run", "cohort"))
+    _look_at(config.run)
     with _executor(config.launcher, config.resources) as executor:
         return evaluate_run(
             run=config.run,
@@ -237,7 +244,8 @@ def predict(
 def predict_from_config(config: PredictConfig) -> PredictReport:
     from distseg.work.predict import predict_files
 
-    config = _absolute(config, "run", "input", "output")
+    config = _absolute(config, "run", "input", "output", urls=("run",))
+    _look_at(config.run)
     with _executor(config.launcher, config.resources) as executor:
         report = predict_files(
             run=config.run,
@@ -287,7 +295,8 @@ def label(
 
 
 def label_from_config(config: LabelConfig) -> LabelReport | LabelEstimate:
-    config = _absolute(config, "run", "cohort", "output")
+    config = _absolute(config, "run", "cohort", "output", urls=("run", "cohort"))
+    _look_at(config.run)
     if config.dry_run:
         from distseg.work.label_estimate import estimate_label
 
@@ -405,7 +414,7 @@ def tune_from_config(config: TuneRunConfig) -> TuneResult:
     from distseg.work.tune import LocalTrials, run_tune
 
     config = _absolute(config, "cohort", "run")
-    config.train = _absolute(config.train, "init_from")
+    config.train = _absolute(config.train, "init_from", urls=("init_from",))
     if config.launcher == "local":
         with _executor("local", ResourcesConfig(workers=config.tune.concurrent or 1)) as executor:
             return run_tune(config, runner=LocalTrials(executor), train=train_from_config)
@@ -432,7 +441,8 @@ def export(
 def export_from_config(config: ExportConfig) -> ExportReport:
     from distseg.inference.model import load_model
 
-    config = _absolute(config, "run", "output")
+    config = _absolute(config, "run", "output", urls=("run",))
+    _look_at(config.run)
     model = load_model(config.run)
     if config.format == "monai_bundle":
         from distseg.inference.export_bundle import export_bundle
@@ -489,18 +499,18 @@ def _list(values: Sequence[float] | None) -> list[float] | None:
     return None if values is None else [float(value) for value in values]
 
 
-def _absolute(config: Config, *names: str) -> Config:
-    """A copy of `config` whose paths `names` are absolute; None stays None, and a cohort's URL as it is."""
+def _absolute(config: Config, *names: str, urls: Sequence[str] = ("cohort",)) -> Config:
+    """A copy of `config` whose paths `names` are absolute; None stays None, and a URL, where `urls` has its name."""
     paths: dict[str, str] = {}
     for name in names:
         path = getattr(config, name)
         if path is None:
             continue
-        if "://" in path and name == "cohort":
-            paths[name] = path
+        if "://" in path and name in urls:
+            paths[name] = path.rstrip("/")
             continue
         if "://" in path:
-            rule = "a folder or file of this file system, mounted storage included; only cohort= may be a URL"
+            rule = f"a folder or file of this file system, mounted storage included; a URL may be {_MAY_BE_URLS}"
             raise ConfigError("not a local path", where=name, value=path, rule=rule, fix=f"set {name}=PATH")
         if not path.strip():
             raise ConfigError("empty path", where=name, fix=f"set {name}=PATH")
@@ -508,6 +518,14 @@ def _absolute(config: Config, *names: str) -> Config:
             raise ConfigError("a path cannot hold a null character", where=name)
         paths[name] = os.path.abspath(path)
     return dataclasses.replace(config, **paths)  # type: ignore[type-var]  # a dataclass by contract
+
+
+def _look_at(run: str) -> None:
+    """A store that is not there is told at once; one that goes away later is waited for."""
+    if "://" in run:
+        from distseg.data.place import reachable
+
+        reachable(run, key="run")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where a cohort lies: a folder of this file system, or what an fsspec URL names (s3://bucket/cohort.zarr).
+"""Where a cohort or a run lies: a folder of this file system, or what an fsspec URL names (s3://bucket/cohort.zarr).
 
 A place behind a URL is a universal_pathlib.UPath, which has the calls of pathlib.Path that are used here; it is typed
 as one. What a file system does by renaming, an object store does by putting one whole object: `write_text` is atomic on
@@ -7,9 +7,12 @@ both. How to reach a store (keys, endpoint) is the backend's business: its envir
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +23,9 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def as_place(path: str | Path) -> Path:
-    """The path, absolute where it is local. Raises InputError for a URL that nothing here can read."""
+def as_place(path: str | Path, *, key: str = "cohort") -> Path:
+    """The path, absolute where it is local. Raises InputError, which names `key`, for a URL that nothing here can
+    read."""
     if not is_url(path):
         return Path(path).expanduser().absolute()
     try:
@@ -30,22 +34,31 @@ def as_place(path: str | Path) -> Path:
         return cast("Path", UPath(str(path).rstrip("/"), use_listings_cache=False))  # others write too
     except (ImportError, ValueError) as error:
         fix = "pip install 'distseg[remote]', for S3, or the fsspec package of the URL's protocol; or give a local path"
-        raise InputError(
-            "URL that cannot be read here", where="cohort", value=path, rule=str(error), fix=fix
-        ) from error
+        raise InputError("URL that cannot be read here", where=key, value=path, rule=str(error), fix=fix) from error
 
 
-def reachable(path: str | Path) -> Path:
+def reachable(path: str | Path, *, key: str = "cohort") -> Path:
     """`as_place`, after a look at it. Raises InputError for a store that does not answer, or not to us."""
-    place = as_place(path)
+    place = as_place(path, key=key)
     if is_url(path):
         try:
             place.exists()
         except Exception as error:  # every backend of fsspec has errors of its own, without a common base
             why = f"{type(error).__name__}: {error}"[:300]
             fix = "check the URL, the keys and the endpoint in the environment"
-            raise InputError("storage cannot be reached", where="cohort", value=path, rule=why, fix=fix) from error
+            raise InputError("storage cannot be reached", where=key, value=path, rule=why, fix=fix) from error
     return place
+
+
+@contextlib.contextmanager
+def os_errors() -> Iterator[None]:
+    """Around a request: what a backend raises becomes an OSError, so that who asks can outlive it."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # every backend of fsspec has errors of its own, without a common base
+        raise OSError(errno.EREMOTEIO, f"{type(error).__name__}: {error}"[:300]) from error
 
 
 def join(path: str, *names: str) -> str:

@@ -15,7 +15,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from distseg.matching.bank import Bank, BankParts, bank_from_parts, bank_parts, 
 from distseg.matching.references import join
 from distseg.training.bank_builder import Piece
 from distseg.training.bank_folder import BankFolder, ServiceSettings
+from distseg.training.remote_run import run_directory
 
 NAMESPACE = "distseg"
 KEPT_VERSIONS = 3  # in the memory of an actor: the one in use, the next, and the one that is being built
@@ -62,8 +62,11 @@ class _Versions:
 class IndexOwner:
     """The actor that owns the bank of one run. Methods run in threads, side by side."""
 
-    def __init__(self, root: str, plain: dict[str, Any], num_classes: int, scan_ids: tuple[str, ...]) -> None:
-        self._folder = BankFolder(Path(root), from_plain(plain, TrainRunConfig), num_classes=num_classes)
+    def __init__(self, plain: dict[str, Any], num_classes: int, scan_ids: tuple[str, ...]) -> None:
+        config = from_plain(plain, TrainRunConfig)
+        run = run_directory(config.run)  # this machine's, of a run behind a URL
+        self._folder = BankFolder(run.path / "bank", config, num_classes=num_classes, behind=run.behind("bank"))
+        self._folder.fetch()
         self._scan_ids = scan_ids
         self._life = uuid.uuid4().hex
         self._shares: dict[int, dict[int, Share]] = {}
@@ -165,7 +168,8 @@ class RayReferences:
         self._node_index: Any = None
 
     def has(self, version: int) -> bool:
-        return self._folder.has(version)
+        there: bool = ray.get(self._owner.ready.remote(version))[0]
+        return there
 
     def offer(self, version: int, step: int, pieces: list[Piece]) -> None:
         share = [(number, scan, embeddings.numpy(), classes.numpy()) for number, scan, embeddings, classes in pieces]
@@ -242,7 +246,7 @@ class RayReferences:
         ).remote(self._owner, self._num_classes)
 
 
-def start_owner(config: TrainRunConfig, folder: Path, *, num_classes: int, scan_ids: tuple[str, ...]) -> Any:
+def start_owner(config: TrainRunConfig, *, num_classes: int, scan_ids: tuple[str, ...]) -> Any:
     """Start the actor that owns the bank of `config.run`; it lives as long as its driver. Driver only.
 
     It takes no CPU of its own: it works while workers wait for it, or for a moment beside them.
@@ -256,7 +260,7 @@ def start_owner(config: TrainRunConfig, folder: Path, *, num_classes: int, scan_
             max_restarts=-1,
             max_task_retries=-1,
             max_concurrency=_CONCURRENT_CALLS,
-        ).remote(str(folder), to_plain(config), num_classes, scan_ids)
+        ).remote(to_plain(config), num_classes, scan_ids)
     except ValueError as error:  # Ray's, for a name that is taken
         raise RunMismatchError(
             "another driver trains this run on the same cluster", where=config.run, fix="wait for it, or stop it"

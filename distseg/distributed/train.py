@@ -27,7 +27,6 @@ from distseg.distributed.index_service import RayReferences, start_owner
 from distseg.errors import DistsegError
 from distseg.methods import uses_bank
 from distseg.training.bank import version_serving
-from distseg.training.checkpoint import newest_step
 from distseg.training.dry_run import DryRun, steps_of_same_run, trial
 from distseg.training.loop import TrainResult, set_threads, train_rank
 from distseg.training.progress import TerminalReporter
@@ -42,10 +41,12 @@ MAX_CONTROLLER_FAILURES = 3  # by default Ray tries for ever to find resources
 _POLL_S = 0.5
 
 
-def train_on_ray(config: TrainRunConfig, *, cpus_per_worker: int | None = None) -> TrainResult:
+def train_on_ray(
+    config: TrainRunConfig, *, cpus_per_worker: int | None = None, claim: str | None = None
+) -> TrainResult:
     """Train on `resources.workers` Ray Train workers, from the newest checkpoint of the run directory.
 
-    `cpus_per_worker`: None shares out all that the cluster has.
+    `cpus_per_worker`: None shares out all that the cluster has. `claim`: of a run behind a URL, held by the caller.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -53,20 +54,16 @@ def train_on_ray(config: TrainRunConfig, *, cpus_per_worker: int | None = None) 
     run, plan = check_run(config)  # bad input is told before Ray starts
     with connect(workers=resources.workers, gpus_per_worker=resources.gpus_per_worker):
         make_directory(run, config, plan)  # not for a cluster too small
-        resumed_from = newest_step(run.checkpoints)
+        resumed_from = run.newest_step()
         cpus = cpus_per_worker or _cpus_per_worker(resources.workers)
         # Held: the actor lives as long as its handle.
-        owner = (
-            start_owner(config, run.path / "bank", num_classes=plan.num_classes, scan_ids=plan.labelled)
-            if uses_bank(config)
-            else None
-        )
+        owner = start_owner(config, num_classes=plan.num_classes, scan_ids=plan.labelled) if uses_bank(config) else None
         launch = f"launch-{time.time_ns()}"
         faults = run.path / "ray" / f"{launch}.faults"
-        faults.parent.mkdir(exist_ok=True)
+        faults.parent.mkdir(exist_ok=True)  # behind a URL too: Ray's own is this machine's
         trainer = ray.train.torch.TorchTrainer(
             train_fn_per_worker,
-            train_loop_config=to_plain(config),
+            train_loop_config={"config": to_plain(config), "claim": claim},
             torch_config=ray.train.torch.TorchConfig(timeout_s=config.train.worker_timeout_s),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers,
@@ -90,6 +87,7 @@ def train_on_ray(config: TrainRunConfig, *, cpus_per_worker: int | None = None) 
                 raise why_training_failed(error, MAX_WORKER_FAILURES) from error
             except ray.exceptions.RayActorError as error:
                 raise controller_lost(error) from error
+        run.fetch_metrics()  # rank 0 may have been elsewhere
         return TrainResult(config.run, config.train.steps, resumed_from, run.last_metrics() or {})
 
 
@@ -114,15 +112,21 @@ def _cpus_per_worker(workers: int) -> int:
     return max(1, min(cores, int(ray.cluster_resources().get("CPU", cores))) // workers)  # type: ignore[no-untyped-call]  # Ray has no hints
 
 
-def train_fn_per_worker(plain: dict[str, Any]) -> None:
+def train_fn_per_worker(given: dict[str, Any]) -> None:
     """Runs in each Ray Train worker."""
-    config = from_plain(plain, TrainRunConfig)
+    config = from_plain(given["config"], TrainRunConfig)
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)  # type: ignore[no-untyped-call]  # Ray's
     set_threads(config, int(cpus) * config.resources.workers)
     communicator = TorchDistributed()
     if config.resources.gpus_per_worker > 0:
         torch.cuda.set_device(ray.train.torch.get_device())
-    train_rank(config, communicator=communicator, reporter=_RayReporter(), make_service=RayReferences)
+    train_rank(
+        config,
+        communicator=communicator,
+        reporter=_RayReporter(),
+        make_service=RayReferences,
+        claim=given["claim"],
+    )
 
 
 class _RayReporter:

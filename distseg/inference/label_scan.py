@@ -163,7 +163,6 @@ class _Labeller:
         self._weight = grid.weight(device)
         self._inverse_z, self._inverse_yx = grid.inverse_weight_sum(device)
         self._cells = grid.cells(0)
-        self._owner_y, self._owner_x = (_owners(grid.cells(axis), device) for axis in (1, 2))
         held, pictured = _capacities(grid, self._cells)
         first, size = grid.starts[0][0], grid.padded_yx
         self._sums = Rolling(num_classes + 1, held, size, first=first, device=device)
@@ -207,51 +206,52 @@ class _Labeller:
         doubtful = entropy >= self._facts.threshold_nats
         codes = doubtful.to(torch.uint8) * Code.REJECTED
         label, confidence = teacher, 1 - entropy / self._max_entropy
-        matches = None
-        if self._matcher is not None and bool(doubtful.any()):
-            at, matched, margin = self._matches(row, self._matcher, torch.nonzero(doubtful))
-            z, y, x = matches = at.unbind(1)
+        if self._matcher is not None:
             label = teacher.clone()
-            label[z, y, x], confidence[z, y, x], codes[z, y, x] = matched, margin, int(Code.MATCHED)
+            self._match(row, self._matcher, doubtful, label=label, confidence=confidence, codes=codes)
         self._facts.add(shares, entropy, label=label, teacher=teacher, codes=codes)
         values[-1] = confidence
-        if matches is not None:
-            _give_largest(shares, matches, was=teacher[matches], now=matched)
+        if label is not teacher:
+            for plane in range(stop - first):
+                at = torch.nonzero(label[plane] != teacher[plane]).unbind(1)
+                _give_largest(shares[:, plane], at, was=teacher[plane][at], now=label[plane][at])
         return _Slab(first, values, codes)
 
-    def _matches(self, row: int, matcher: Matcher, voxels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the doubtful `voxels` int64 [N, 3] of a row's cell those that match: voxels [n, 3], classes [n] and
-        margins [n], the lead of the best class over the next, at most 1."""
-        columns = len(self._grid.starts[2])
-        owner = self._owner_y[voxels[:, 1]] * columns + self._owner_x[voxels[:, 2]]
-        order = torch.argsort(owner, stable=True)
-        numbers, counts = torch.unique_consecutive(owner[order], return_counts=True)
-        pieces = list(zip(numbers.tolist(), torch.split(voxels[order], counts.tolist()), strict=True))
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for first in range(0, len(pieces), self._passes.batch_size):
-            batch = pieces[first : first + self._passes.batch_size]
+    def _match(
+        self, row: int, matcher: Matcher, doubtful: Tensor, *, label: Tensor, confidence: Tensor, codes: Tensor
+    ) -> None:
+        """Match the doubtful voxels of a row's cell [n, Y, X], a batch of windows at a time: where all are in doubt
+        their indices would be many times the cell. Writes class, margin (the lead of the best class over the next, at
+        most 1) and code of those that match."""
+        boxes = [
+            (number, (slice(None), slice(*y), slice(*x)))
+            for number, (y, x) in enumerate(product(self._grid.cells(1), self._grid.cells(2)))
+        ]
+        wanted = [(number, box) for number, box in boxes if bool(doubtful[box].any())]
+        for first in range(0, len(wanted), self._passes.batch_size):
+            batch = wanted[first : first + self._passes.batch_size]
             embedded = self._passes.embeddings([self._window(row, number) for number, _ in batch])
             self._facts.windows_embedded += len(batch)
-            for embeddings, (number, piece) in zip(embedded, batch, strict=True):
-                z, y, x = self._inside(row, number, piece).unbind(1)
-                queries = embeddings[:, z, y, x].T  # [N, E]
-                found += [_best(matcher, q, v, self._rule.min_similarity) for q, v in _chunks(queries, piece)]
-        at, matched, margin = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return at, matched, margin
+            for embeddings, (number, box) in zip(embedded, batch, strict=True):
+                voxels = torch.nonzero(doubtful[box])  # [N, 3]
+                for piece in torch.split(voxels, QUERIES_A_CALL):
+                    z, y, x = (piece + self._inside(row, number, box).to(piece)).unbind(1)
+                    queries = embeddings[:, z, y, x].T  # [N, E]
+                    at, matched, margin = _best(matcher, queries, piece, self._rule.min_similarity)
+                    at_zyx = at.unbind(1)
+                    label[box][at_zyx], confidence[box][at_zyx] = matched, margin
+                    codes[box][at_zyx] = int(Code.MATCHED)
 
-    def _inside(self, row: int, number: int, voxels: Tensor) -> Tensor:
-        """Voxels [N, 3] of the row's cell as voxels of its window `number`."""
-        columns = len(self._grid.starts[2])
-        corner = (
-            self._grid.starts[0][row] - self._cells[row][0],
-            self._grid.starts[1][number // columns],
-            self._grid.starts[2][number % columns],
-        )
-        return voxels - voxels.new_tensor(corner)
+    def _inside(self, row: int, number: int, box: tuple[slice, ...]) -> Tensor:
+        """Where in its window `number` the first voxel lies of a box of the row's cell."""
+        z, y, x = self._grid.starts
+        columns = len(x)
+        corner = (z[row] - self._cells[row][0], y[number // columns], x[number % columns])
+        return torch.tensor([(part.start or 0) - at for part, at in zip(box, corner, strict=True)])
 
 
 def _give_largest(shares: Tensor, at: tuple[Tensor, ...], *, was: Tensor, now: Tensor) -> None:
-    """Swap two classes' shares [K, n, Y, X] at voxels `at`, so that class `now` [N] has what `was` [N], the largest,
+    """Swap two classes' shares [K, ...] at voxels `at`, so that class `now` [N] has what `was` [N], the largest,
     had. One-hot shares would decide what lies between voxels of the run's grid by voxels' corners."""
     changed = torch.nonzero(was != now).flatten()
     was, now, at = was[changed], now[changed], tuple(axis[changed] for axis in at)
@@ -270,16 +270,6 @@ def _best(
     if min_similarity is not None:
         accepted = similarity.amax(1) >= min_similarity
     return voxels[accepted], label[accepted], (own - others).clamp(0, 1)[accepted]
-
-
-def _chunks(queries: Tensor, voxels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(torch.split(queries, QUERIES_A_CALL), torch.split(voxels, QUERIES_A_CALL), strict=True)
-
-
-def _owners(cells: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """int64 [n]: of each voxel of an axis the window it is most central in."""
-    sizes = torch.tensor([stop - start for start, stop in cells], device=device)
-    return torch.repeat_interleave(torch.arange(len(cells), device=device), sizes)
 
 
 def _final(grid: WindowGrid, row: int) -> int:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,9 @@ from safetensors.torch import load_file, save_file
 
 from distseg.config.schema import MatchingConfig, NetworkConfig
 from distseg.config.untrusted import read_json
+from distseg.data.carry import get_folder, read_file
 from distseg.data.intensity import Intensity
+from distseg.data.place import as_place, is_url
 from distseg.errors import DataError
 from distseg.matching.bank import Matcher, build_bank_index, load_matcher, save_bank
 from distseg.matching.references import ReferenceTable
@@ -147,18 +150,38 @@ def save_model(
     shutil.rmtree(old, ignore_errors=True)
 
 
+def find_model(run: str | Path) -> Path:
+    """The folder of the model of a run (or model) directory, here or behind a URL. Raises DataError if there is
+    none."""
+    place = as_place(run, key="run") if is_url(run) else Path(run)
+    for folder in (place, place / "model"):
+        file = folder / "model.json"
+        if read_file(file) is not None if is_url(run) else file.is_file():
+            return folder
+    raise DataError(
+        "no trained model here",
+        where=run,
+        rule="a run directory has model/model.json once its training is done",
+        fix="run distseg train first, or correct run=",
+    )
+
+
 def load_model(run: str | Path) -> Model:
-    """The model of a run (or model) directory. Raises DataError if there is none or it is damaged."""
-    folder = Path(run)
-    folder = folder if (folder / "model.json").exists() else folder / "model"
+    """The model of a run (or model) directory, here or behind a URL. Raises DataError if there is none or it is
+    damaged."""
+    folder = find_model(run)
+    if not is_url(run):
+        return _load(folder)
+    with tempfile.TemporaryDirectory(prefix="distseg-model-") as copies:
+        copy = Path(copies) / "model"
+        get_folder(folder, copy)
+        model = _load(copy)
+        _ = model.matcher  # while its files are here
+        return model
+
+
+def _load(folder: Path) -> Model:
     file = folder / "model.json"
-    if not file.exists():
-        raise DataError(
-            "no trained model here",
-            where=run,
-            rule="a run directory has model/model.json once its training is done",
-            fix="run distseg train first, or correct run=",
-        )
     try:
         content = read_json(file, "model")
         if content["format"] != FORMAT:

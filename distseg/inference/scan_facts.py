@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distseg.inference.islands import SlabComponents
+from distseg.inference.components import Components
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FactsOfPlanes:
         self._surface_entropy = 0.0
         self._overlap = torch.zeros(num_classes, dtype=torch.float64)
         self._soft, self._hard = self._overlap.clone(), self._overlap.clone()
-        self._components = [SlabComponents() for _ in range(1, num_classes)]
+        self._components = [Components() for _ in range(1, num_classes)]
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # label, entropy, touched [1, Y, X] of the newest plane
 
     def add(self, shares: Tensor, entropy: Tensor, *, label: Tensor, teacher: Tensor, codes: Tensor) -> None:

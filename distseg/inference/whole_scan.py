@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distseg.data.carry import read_file
+from distseg.data.place import is_url
 from distseg.errors import DataError
-from distseg.inference.model import Model, load_model
+from distseg.inference.model import Model, find_model, load_model
 from distseg.inference.sliding_window import segment
 
 WINDOWS_A_BATCH = 4  # a batch of one misses torch's fast convolutions on a CPU (tests/bench/RESULTS.md)
@@ -39,15 +41,9 @@ class ScanIntensity:
 
 def model_fingerprint(run: str | Path) -> str:
     """Digest of model.json, which holds the digests of the weights: another training, another fingerprint."""
-    for file in (Path(run) / "model.json", Path(run) / "model" / "model.json"):
-        if file.is_file():
-            return hashlib.sha256(file.read_bytes()).hexdigest()
-    raise DataError(
-        "no trained model here",
-        where=run,
-        rule="a run directory has model/model.json once its training is done",
-        fix="run distseg train first, or correct run=",
-    )
+    file = find_model(run) / "model.json"
+    content = read_file(file) if is_url(run) else file.read_bytes()
+    return hashlib.sha256(content or b"").hexdigest()
 
 
 @lru_cache(maxsize=1)

@@ -35,7 +35,7 @@ class ReferenceService(Protocol):
     """Where banks come from: each rank offers its share of a version and later takes the whole."""
 
     def has(self, version: int) -> bool:
-        """Whether the version is on disk already, as after a resume. The same answer on all ranks."""
+        """Whether the version is on disk already, as after a resume. The same answer on all ranks, which all ask."""
 
     def offer(self, version: int, step: int, pieces: list[Piece]) -> None:
         """Give this rank's share. All ranks must call; need not wait."""

@@ -1,10 +1,13 @@
 """RUN/bank, and the reference service of a run without Ray.
 
 RUN/bank/v_0003/   matching/bank.py; written under a temporary name, then renamed
+
+Of a run behind a URL each version is there before it has its name here, and others fetch it from there.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import torch
 
 from distseg.config.schema import TrainRunConfig
+from distseg.data.carry import alone, files_below, get_folder, marked, put_folder, read_file, take_out
 from distseg.data.keys import Purpose, torch_seed
 from distseg.errors import DataError
 from distseg.matching.bank import Bank, build_bank_index, load_bank, open_bank, save_bank
@@ -19,15 +23,32 @@ from distseg.matching.references import ReferenceTable, join
 from distseg.training.bank_builder import Piece
 from distseg.training.reduce import Communicator
 
+_MARKER = "bank.json"
+_NAME = re.compile(r"v_\d{4,9}")
+
 
 class BankFolder:
-    """Versions on disk, each whole or not there."""
+    """Versions on disk, each whole or not there. `behind`: the same folder behind a URL, if any."""
 
-    def __init__(self, root: Path, config: TrainRunConfig, *, num_classes: int) -> None:
-        self._root, self._config, self._num_classes = root, config, num_classes
+    def __init__(self, root: Path, config: TrainRunConfig, *, num_classes: int, behind: Path | None = None) -> None:
+        self._root, self._config, self._num_classes, self._behind = root, config, num_classes, behind
 
     def has(self, version: int) -> bool:
-        return (self._folder(version) / "bank.json").is_file()
+        return (self._folder(version) / _MARKER).is_file()
+
+    def fetch(self) -> None:
+        """Where there is a URL: the versions that it has, and no others."""
+        if self._behind is None:
+            return
+        with alone(self._root):
+            there = [name for name in marked(files_below(self._behind), _MARKER) if _NAME.fullmatch(name)]
+            for folder in self._root.glob("v_*"):
+                same = folder.name in there and (folder / _MARKER).is_file()
+                if not same or (folder / _MARKER).read_bytes() != read_file(self._behind / folder.name / _MARKER):
+                    shutil.rmtree(folder)
+            for name in there:
+                if not (self._root / name).exists():
+                    get_folder(self._behind / name, self._root / name)
 
     def write(self, table: ReferenceTable) -> Bank:
         """Build the index of a version and write both. One process a run at a time."""
@@ -41,6 +62,8 @@ class BankFolder:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_bank(partial, table, matching, index)
+        if self._behind is not None:
+            put_folder(partial, self._behind / final.name, marker=_MARKER)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         return open_bank(table, matching, num_classes=self._num_classes, finder=index)
@@ -48,9 +71,11 @@ class BankFolder:
     def read(self, version: int, device: torch.device) -> Bank:
         """Raises DataError where the version is not there or damaged."""
         if not self.has(version):
+            self.fetch()
+        if not self.has(version):
             raise DataError(
                 f"bank version {version} is not there",
-                where=self._folder(version),
+                where=self._folder(version) if self._behind is None else self._behind,
                 rule="the step to go on from uses it",
                 fix="restore it, or take another run= directory and start again",
             )
@@ -59,9 +84,16 @@ class BankFolder:
         )
 
     def discard(self, *, before: int | None = None, after: int | None = None) -> None:
+        def goes(name: str) -> bool:
+            version = int(name.removeprefix("v_"))
+            return (before is not None and version < before) or (after is not None and version > after)
+
+        if self._behind is not None:
+            for name in {name.split("/")[0] for name in files_below(self._behind)}:
+                if _NAME.fullmatch(name) and goes(name):
+                    take_out(self._behind / name, marker=_MARKER)
         for folder in self._root.glob("v_*"):
-            version = int(folder.name.removeprefix("v_"))
-            if (before is not None and version < before) or (after is not None and version > after):
+            if goes(folder.name):
                 shutil.rmtree(folder)
 
     def _folder(self, version: int) -> Path:
@@ -89,9 +121,14 @@ class LocalReferences:
         self._scan_ids = asked.scan_ids
         references = asked.config.references
         self._buffer_shape = (references.patches, references.per_patch, asked.width + 2)
+        if self._communicator.rank == 0:
+            self._folder.fetch()
 
     def has(self, version: int) -> bool:
-        return self._folder.has(version)
+        """Rank 0's answer, as machines may have folders of their own."""
+        answer = torch.tensor(float(self._communicator.rank == 0 and self._folder.has(version)), device=self._device)
+        self._communicator.all_reduce_sum(answer)
+        return bool(answer)
 
     def offer(self, version: int, step: int, pieces: list[Piece]) -> None:
         """A barrier."""

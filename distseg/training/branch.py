@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from distseg.config.schema import TrainRunConfig
 from distseg.data.cohort import Cohort
+from distseg.data.place import is_url, reachable
 from distseg.errors import ConfigError
-from distseg.training.checkpoint import Checkpoint, load_newest, newest_step
+from distseg.training.checkpoint import Checkpoint, load_newest
 from distseg.training.plan import Plan
+from distseg.training.remote_run import readable_run, run_directory
 from distseg.training.run import RunDirectory
 
 
@@ -17,7 +18,10 @@ def parent_plan(config: TrainRunConfig) -> Plan | None:
     """The plan of the run to branch from, if its network and classes fit."""
     if config.train.init_from is None:
         return None
-    parent = RunDirectory(config.train.init_from).stored()
+    if is_url(config.train.init_from):
+        reachable(config.train.init_from, key="train.init_from")  # told at once, not waited for
+    with readable_run(config.train.init_from) as directory:
+        parent = directory.stored()
     if parent is None:
         raise ConfigError(
             "no run to branch from", where="train.init_from", value=config.train.init_from, fix="train that run first"
@@ -32,7 +36,7 @@ def parent_plan(config: TrainRunConfig) -> Plan | None:
             rule=", ".join(differences),
             fix="use the same preset and network keys",
         )
-    if newest_step(Path(config.train.init_from) / "checkpoints") == 0:
+    if run_directory(config.train.init_from).newest_step() == 0:
         raise _no_checkpoint(config)
     classes = tuple(Cohort.open(config.cohort).class_names)
     if parent.plan.class_names != classes:
@@ -59,7 +63,8 @@ def where_it_left_off(config: TrainRunConfig, run: RunDirectory) -> tuple[Checkp
     own = load_newest(run.checkpoints)
     if own is not None or config.train.init_from is None:
         return own, False
-    parent = load_newest(Path(config.train.init_from) / "checkpoints")
+    with readable_run(config.train.init_from, checkpoint=True) as directory:
+        parent = load_newest(directory.checkpoints)
     if parent is None:
         raise _no_checkpoint(config)
     return parent, True

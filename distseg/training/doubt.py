@@ -57,7 +57,7 @@ class DoubtCentres:
         if version not in self._lists:
             file = self._file(version)
             entries = json.loads(file.read_text()) if file.exists() else []
-            self._lists[version] = [(scan_id, (z, y, x)) for scan_id, (z, y, x) in entries]
+            self._lists[version] = entries
         return self._lists[version]
 
     def version_of(self, step: int) -> int:
@@ -89,14 +89,14 @@ class DoubtCentres:
                     valid[number] = 1.0
         self._communicator.all_reduce_sum(found)
         self._communicator.all_reduce_sum(valid)
+        scans = [self._candidate(version, number)[0] for number in range(CANDIDATES)]
+        entries: list[Centre] = []
+        for n, i in np.argwhere(valid.cpu().numpy() > 0).tolist():
+            z, y, x = (round(c) for c in found[n, i].tolist())
+            entries.append((scans[n], (z, y, x)))
+        # Not read from the file again: of a run behind a URL rank 0's folder is not every rank's.
+        self._lists[version] = entries
         if self._communicator.rank == 0:
-            scans = [self._candidate(version, number)[0] for number in range(CANDIDATES)]
-            entries = [
-                [scans[n], [round(c) for c in found[n, i].tolist()]]
-                for n in range(CANDIDATES)
-                for i in range(CENTRES_PER_PATCH)
-                if valid[n, i]
-            ]
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self._file(version), json.dumps(entries))
         self._communicator.barrier()

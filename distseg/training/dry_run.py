@@ -24,10 +24,9 @@ import torch
 from distseg.config.compose import from_plain, to_plain
 from distseg.config.schema import LoggingConfig, ResourcesConfig, TrainRunConfig
 from distseg.data.cohort import Cohort
-from distseg.training.checkpoint import newest_step
 from distseg.training.loop import LOOKS, LOOKS_TO_SELECT, set_threads, train_session
 from distseg.training.reduce import SingleProcess
-from distseg.training.run import RunDirectory
+from distseg.training.remote_run import readable_run, run_directory
 from distseg.training.setup import Session, open_run, start_session, wants_gpu
 
 STEPS = 20
@@ -99,12 +98,12 @@ def dry_run_local(config: TrainRunConfig) -> DryRun:
 
 def steps_of_same_run(config: TrainRunConfig) -> int:
     """Steps that the run directory already has. Raises RunMismatchError if another run lives there."""
-    run = RunDirectory(config.run)
-    stored = run.stored()
-    if stored is None:
-        return 0
-    run.check_same(config, stored)
-    return newest_step(run.checkpoints)
+    with readable_run(config.run) as run:
+        stored = run.stored()
+        if stored is None:
+            return 0
+        run.check_same(config, stored)
+    return run_directory(config.run).newest_step()
 
 
 def trial(plain: Mapping[str, Any], *, threads: int, steps_done: int) -> DryRun:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,8 +18,15 @@ from distseg.training.progress import TerminalReporter
 from distseg.training.reduce import Communicator, SingleProcess, TorchDistributed
 from distseg.training.setup import open_run, wants_gpu
 
+# Holds a run, by its path or URL, while the context lasts; gives the claim by which to write to it.
+Claim = Callable[[str], AbstractContextManager[str | None]]
 
-def train_local(config: TrainRunConfig) -> TrainResult:
+
+def unclaimed(_run: str) -> AbstractContextManager[str | None]:
+    return nullcontext()
+
+
+def train_local(config: TrainRunConfig, *, claim: Claim = unclaimed) -> TrainResult:
     """Train in this process. Under torchrun (WORLD_SIZE set) the ranks share the slots; all of them call this."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1 and config.resources.workers > 1:
@@ -39,7 +48,7 @@ def train_local(config: TrainRunConfig) -> TrainResult:
     cores = len(os.sched_getaffinity(0))
     set_threads(config, max(1, cores // world_size))
     if world_size == 1:
-        return _train(config, SingleProcess())
+        return _train(config, SingleProcess(), claim)
     on_gpu = config.resources.gpus_per_worker > 0
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -47,24 +56,27 @@ def train_local(config: TrainRunConfig) -> TrainResult:
         "nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=config.train.worker_timeout_s)
     )
     try:
-        return _train(config, TorchDistributed())
+        return _train(config, TorchDistributed(), claim)
     finally:
         torch.distributed.destroy_process_group()
 
 
-def _train(config: TrainRunConfig, communicator: Communicator) -> TrainResult:
-    _open_once(config, communicator)
-    with TerminalReporter(
-        title=Path(config.run).name, enabled=config.logging.progress and communicator.rank == 0
-    ) as reporter:
-        return train_rank(config, communicator=communicator, reporter=reporter)
+def _train(config: TrainRunConfig, communicator: Communicator, claim: Claim) -> TrainResult:
+    with ExitStack() as held:
+        claimed = _open_once(config, communicator, claim, held)
+        reporter = TerminalReporter(
+            title=Path(config.run).name, enabled=config.logging.progress and communicator.rank == 0
+        )
+        return train_rank(config, communicator=communicator, reporter=held.enter_context(reporter), claim=claimed)
 
 
-def _open_once(config: TrainRunConfig, communicator: Communicator) -> None:
-    """Rank 0 opens the run; where it cannot, it alone says why and all ranks stop. All ranks must call."""
+def _open_once(config: TrainRunConfig, communicator: Communicator, claim: Claim, held: ExitStack) -> str | None:
+    """Rank 0 claims and opens the run; where it cannot, it alone says why and all ranks stop. All ranks must call."""
     error: DistsegError | None = None
+    claimed = None
     if communicator.rank == 0:
         try:
+            claimed = held.enter_context(claim(config.run))
             open_run(config)
         except DistsegError as refused:
             error = refused
@@ -75,3 +87,4 @@ def _open_once(config: TrainRunConfig, communicator: Communicator) -> None:
             raise SystemExit(exit_codes[0])
     if error is not None:
         raise error
+    return claimed

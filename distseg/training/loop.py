@@ -58,14 +58,15 @@ def train_rank(
     communicator: Communicator,
     reporter: Reporter,
     make_service: MakeReferenceService = LocalReferences,
+    claim: str | None = None,
 ) -> TrainResult:
     """Train to the last step on this rank's slots, from the newest checkpoint. A collective: all ranks must call.
 
-    `open_run` has been called by rank 0 or the driver.
+    `open_run` has been called by rank 0 or the driver, who holds `claim` where the run lies behind a URL.
     """
     leads = communicator.rank == 0
     with out_of_memory_told():
-        session = start_session(config, communicator, make_service)
+        session = start_session(config, communicator, make_service, claim)
         if leads:
             session.run.cut_metrics(session.first_step - 1)
             for note in (*session.plan.notes, f"patches are read by {reader_of(config.cohort)}"):
@@ -75,6 +76,7 @@ def train_rank(
         if leads:
             _prune(session)  # a run killed between its last checkpoint and this has not
             _write_model(session)
+            session.run.push_model()
     communicator.barrier()
     return TrainResult(config.run, config.train.steps, session.first_step - 1, session.run.last_metrics() or {})
 
@@ -212,6 +214,7 @@ def _checkpoint(session: Session, step: int) -> None:
     )
     session.run.sync_metrics()  # on disk before the checkpoint that follows them
     save_checkpoint(session.run.checkpoints, checkpoint)
+    session.run.push_checkpoint(step)
     _prune(session)
 
 
@@ -220,6 +223,7 @@ def _prune(session: Session) -> None:
     best = _best_step(session.run) if session.config.train.select == "val" else None
     spare = {best} if best is not None else set()
     prune_checkpoints(session.run.checkpoints, keep=session.config.checkpoint.keep, spare=spare)
+    session.run.push_pruned()
     if session.banks:
         session.banks.prune(oldest_step(session.run.checkpoints))
 

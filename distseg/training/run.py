@@ -26,6 +26,7 @@ from distseg.config.compose import from_plain, identity, identity_hash, recipe_h
 from distseg.config.schema import TrainRunConfig
 from distseg.config.untrusted import read_yaml
 from distseg.errors import DataError, InputError, RunMismatchError
+from distseg.training.checkpoint import newest_step
 from distseg.training.plan import Plan
 
 # libyaml's where PyYAML was built with it, for plans of 100 000 scans. Not to read with: deep nesting ends the process.
@@ -47,10 +48,11 @@ class Position(NamedTuple):
 
 
 class RunDirectory:
-    """Paths and small files of one run. Rank 0 writes."""
+    """Paths and small files of one run. Rank 0 writes. `where`: what a user knows it by."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.where: str | Path = self.path
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -63,12 +65,14 @@ class RunDirectory:
         try:
             content = read_yaml(self.config_file, "run")
             if content["format"] != FORMAT:
-                raise DataError("run of another format", where=self.config_file, value=content["format"])
+                where = f"{self.where}/config.yaml"
+                raise DataError("run of another format", where=where, value=content["format"])
             return StoredRun(from_plain(content["config"], TrainRunConfig), Plan.from_plain(content["plan"]))
         except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, InputError):
                 raise
-            raise DataError(f"unreadable run: {type(error).__name__} {error}", where=self.config_file) from error
+            where = f"{self.where}/config.yaml"
+            raise DataError(f"unreadable run: {type(error).__name__} {error}", where=where) from error
 
     def check_same(self, config: TrainRunConfig, stored: StoredRun) -> None:
         """Raises RunMismatchError, with the difference, if another run lives here."""
@@ -80,7 +84,7 @@ class RunDirectory:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise RunMismatchError(
                 "another run lives here",
-                where=self.path,
+                where=self.where,
                 value="; ".join(differences[:3]) + more,
                 fix="take another run= directory, or repeat the command it was made with",
             )
@@ -99,7 +103,37 @@ class RunDirectory:
             "plan": plan.to_plain(),
             "versions": _versions(),
         }
-        write_atomic(self.config_file, yaml.dump(content, Dumper=_DUMPER, sort_keys=False))
+        self._write_config(yaml.dump(content, Dumper=_DUMPER, sort_keys=False))
+
+    def _write_config(self, text: str) -> None:
+        write_atomic(self.config_file, text)
+
+    # What a run behind a URL exchanges with it (training/remote_run.py); one on this file system is where it is.
+
+    def behind(self, name: str) -> Path | None:
+        """Where a part of the run lies behind the URL; None where there is none."""
+        return None
+
+    def newest_step(self) -> int:
+        """Of the newest checkpoint; 0 if there is none."""
+        return newest_step(self.checkpoints)
+
+    def fetch_config(self) -> None:
+        """Before `stored`."""
+
+    def fetch_metrics(self) -> None:
+        """And the configuration."""
+
+    def fetch(self, *, every_checkpoint: bool) -> None:
+        """All that a rank goes on from; the newest whole checkpoint alone, or every one."""
+
+    def push_checkpoint(self, step: int) -> None:
+        """With the metrics up to it. The bank is there already."""
+
+    def push_pruned(self) -> None:
+        """Checkpoints that have gone here go there."""
+
+    def push_model(self) -> None: ...
 
     def cut_metrics(self, last_step: int) -> None:
         """Drop lines after `last_step`, and a last line that was cut short."""

@@ -28,6 +28,7 @@ from distseg.training.plan import Plan, make_plan
 from distseg.training.precision import resolved_precision
 from distseg.training.pseudo_labels import open_pseudo_labels
 from distseg.training.reduce import Communicator, FlatGradients
+from distseg.training.remote_run import run_directory
 from distseg.training.run import RunDirectory
 from distseg.training.start import new_networks, take_over
 from distseg.training.step import Learner, StepSettings
@@ -76,7 +77,8 @@ def make_directory(run: RunDirectory, config: TrainRunConfig, plan: Plan) -> Non
 def check_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:
     """What `open_run` would open; writes nothing. Raises as it does."""
     require_trackers(config.logging)
-    run = RunDirectory(config.run)
+    run = run_directory(config.run)
+    run.fetch_config()
     stored = run.stored()
     if stored is not None:
         run.check_same(config, stored)
@@ -88,10 +90,15 @@ def check_run(config: TrainRunConfig) -> tuple[RunDirectory, Plan]:
 
 
 def start_session(
-    config: TrainRunConfig, communicator: Communicator, make_service: MakeReferenceService = LocalReferences
+    config: TrainRunConfig,
+    communicator: Communicator,
+    make_service: MakeReferenceService = LocalReferences,
+    claim: str | None = None,
 ) -> Session:
-    """Build this rank's side of a run that `open_run` has opened. `make_service`: where a bank's versions come from."""
-    run = RunDirectory(config.run)
+    """Build this rank's side of a run that `open_run` has opened. `make_service`: where a bank's versions come from;
+    `claim`: by which a run behind a URL is written to."""
+    run = run_directory(config.run, claim)
+    run.fetch(every_checkpoint=communicator.rank == 0)
     stored = run.stored()
     if stored is None:
         raise RuntimeError("open_run comes first")  # an invariant of the launchers
@@ -127,7 +134,7 @@ def start_session(
     banks = None
     if uses_bank(config):
         asked = ServiceSettings(
-            folder=BankFolder(run.path / "bank", config, num_classes=plan.num_classes),
+            folder=BankFolder(run.path / "bank", config, num_classes=plan.num_classes, behind=run.behind("bank")),
             config=config,
             scan_ids=plan.labelled,
             num_classes=plan.num_classes,

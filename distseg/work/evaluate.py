@@ -5,19 +5,19 @@ What it leaves in RUN/evaluation/NAME/ is in `work.evaluation_folder`.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distseg.data.cohort import Cohort, Scan
+from distseg.data.place import as_place
 from distseg.errors import FinishedWithFailures, InputError
 from distseg.evaluation.metrics import ScoreRow, largest_components, score_scan, summarise
 from distseg.evaluation.report import ReportContent
 from distseg.inference.model import ModelInfo
 from distseg.inference.whole_scan import ScanIntensity, cached_model, model_fingerprint, segment_scan, use_threads
-from distseg.work.evaluation_folder import ScanResult, fill_folder, store_planes, swap_folder
+from distseg.work.evaluation_folder import ScanResult, fill_folder, filling, store_planes
 from distseg.work.executor import Executor, available_cores
 from distseg.work.native_planes import native_planes
 from distseg.work.predict import progress_bar
@@ -57,15 +57,12 @@ def evaluate_run(
     fingerprint = model_fingerprint(run)
     model, _ = cached_model(run, fingerprint)
     opened = Cohort.open(cohort)
-    folder = _target(Path(run), name)
+    folder = _target(as_place(run, key="run"), name)
     _check_classes(model.class_names, opened.class_names)
     chosen, skipped = _choose_scans(opened, split)
     threads = max(1, available_cores() // executor.workers)
     tasks = [_Task(run, fingerprint, opened.scan(scan_id), network, overlap, components, threads) for scan_id in chosen]
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "figures").mkdir(parents=True)
-    try:
+    with filling(folder) as partial:
         rows, failed = _measure(tasks, executor, partial, progress=progress)
         if not rows:
             raise FinishedWithFailures(f"{run}: no scan could be measured, nothing was written", failed)
@@ -76,9 +73,6 @@ def evaluate_run(
         )
         content = ReportContent(Path(run).resolve().name, model.info.method, metrics, rows, (), None, failed)
         fill_folder(partial, run, content)
-        swap_folder(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     if failed:
         raise FinishedWithFailures(f"{folder}: {metrics['scans']} scans measured", failed)
     return metrics

@@ -6,30 +6,34 @@
       report.html     for a reader without this program
       figures/        curves.png and the best, median and worst scan
 
-It is filled beside its place and swapped in whole.
+It is filled beside its place and swapped in whole; behind a URL metrics.json comes last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from distseg.data.carry import put_folder
+from distseg.data.place import is_url
 from distseg.evaluation.curves import training_curves
 from distseg.evaluation.figures import Plane, grey_window, png_bytes, scan_figure
 from distseg.evaluation.metrics import ScoreRow
 from distseg.evaluation.page import Picture
 from distseg.evaluation.report import ReportContent, render_report
 from distseg.training.alarms import sounded
-from distseg.training.run import RunDirectory
+from distseg.training.remote_run import readable_run
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def fill_folder(partial: Path, run: str, content: ReportContent) -> None:
     (partial / "metrics.json").write_text(json.dumps(content.metrics, indent=1, allow_nan=False), encoding="utf-8")
     (partial / "per_scan.csv").write_text(_csv(content.rows), encoding="utf-8")
     pictures = _scan_pictures(partial, content)
-    rows = _training_rows(Path(run))
+    rows = _training_rows(run)
     curves = _curves(rows)
     for file, picture in [*pictures, *([("curves.png", curves)] if curves else [])]:
         (partial / "figures" / file).write_bytes(picture.png)
@@ -90,12 +94,13 @@ def _scan_pictures(partial: Path, content: ReportContent) -> list[tuple[str, Pic
     return pictures
 
 
-def _training_rows(run: Path) -> list[dict[str, Any]]:
+def _training_rows(run: str) -> list[dict[str, Any]]:
     """The rows of the run's metrics.jsonl; none where it has none (a model that came without its run)."""
-    try:
-        return RunDirectory(run).metrics()
-    except (OSError, ValueError):
-        return []
+    with readable_run(run) as directory:
+        try:
+            return directory.metrics()
+        except (OSError, ValueError):
+            return []
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> Picture | None:
@@ -121,6 +126,27 @@ def _load_planes(file: Path) -> tuple[list[Plane], str]:
             image, truth, prediction = (stored[f"{kind}{i}"] for kind in ("image", "truth", "prediction"))
             planes.append(Plane(name, image, truth, prediction, tuple(extent_mm), position_mm, tuple(letters)))
         return planes, str(stored["modality"])
+
+
+@contextlib.contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A folder to fill, with figures/ in it, which then takes the place of `folder`, here or behind a URL; where the
+    context ends by an error nothing has changed."""
+    if is_url(folder):
+        with tempfile.TemporaryDirectory(prefix="distseg-evaluation-") as here:
+            partial = Path(here) / folder.name
+            (partial / "figures").mkdir(parents=True)
+            yield partial
+            put_folder(partial, folder, marker="metrics.json")
+        return
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "figures").mkdir(parents=True)
+    try:
+        yield partial
+        swap_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def swap_folder(partial: Path, folder: Path) -> None:

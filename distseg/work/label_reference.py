@@ -14,8 +14,8 @@ from scipy import ndimage
 from distseg.data.cohort import Cohort, Scan, ScanRecord
 from distseg.data.place import join
 from distseg.errors import InputError
-from distseg.inference.islands import TOUCHING
-from distseg.training.run import RunDirectory
+from distseg.inference.components import TOUCHING
+from distseg.training.remote_run import readable_run
 
 MOST_SCANS = 50  # whose annotation is opened to count pieces
 
@@ -52,7 +52,8 @@ def reference_of(run: str, cohort: Cohort | None, class_names: Sequence[str]) ->
 def _of_run(run: str) -> tuple[Cohort, list[ScanRecord]] | None:
     """The scans that the run trained on with labels; None where run or cohort is not here any more."""
     try:
-        stored = RunDirectory(run).stored()
+        with readable_run(run) as directory:
+            stored = directory.stored()
         if stored is None:
             return None
         cohort = Cohort.open(stored.config.cohort)

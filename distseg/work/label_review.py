@@ -123,7 +123,7 @@ def _numbers(line: Mapping[str, Any]) -> tuple[float, ...]:
 
 
 def _lists(line: Mapping[str, Any]) -> tuple[list[float], list[int], list[float]]:
-    volumes = [voxels * line["run_voxel_ml"] for voxels in line["class_voxels"]]
+    volumes = [voxels * line["native_voxel_ml"] for voxels in line["mask_voxels"]]
     return volumes, line["components"], line["descriptor"]
 
 

@@ -95,34 +95,53 @@ def label_one(task: LabelTask) -> Labelled:
                 model, scan, scan_id=task.scan_id, rule=task.rule, overlap=task.overlap, device=device, spools=spools
             )
             network_s = time.perf_counter() - waited
-        removed = _write(spools, task, scan.native)
+        written = _write(spools, task, scan.native, num_classes=len(model.class_names))
     more = {
-        "removed_voxels": removed,
+        **written,
         "native_voxels": math.prod(scan.native.shape),
-        "run_voxel_ml": math.prod(model.spacing_mm) / 1000,
+        "native_voxel_ml": math.prod(scan.native.geometry.spacing_mm) / 1000,
         "network_s": round(network_s, 3),
         "seconds": round(time.perf_counter() - begun, 3),
     }
     return Labelled(task.scan_id, task.source.version, {**dataclasses.asdict(facts), **more})
 
 
-def _write(spools: dict[str, PlaneSpool], task: LabelTask, native: NativeGrid) -> int:
-    """Stage both files, one volume in memory at a time; returns how many voxels of the mask were islands."""
+def _write(
+    spools: dict[str, PlaneSpool], task: LabelTask, native: NativeGrid, *, num_classes: int
+) -> dict[str, int | list[int]]:
+    """Stage both files, one volume in memory at a time. Returns the voxels of the mask's foreground classes, and how
+    many were islands."""
     masks, trusts = (spools[kind] for kind in KINDS)
-    removed = 0
     with PlaneSpool(task.staging) as islands:
-        for kind, spool in ((KINDS[0], masks), (KINDS[1], trusts)):
-            volume = spool.read(native)
-            if spool is masks:
-                removed = without_islands(volume, native, task.rule, into=islands)
-            elif removed:
-                view = native.canonical_view(volume)
-                for plane, island in zip(view, islands.planes(view.shape[1:]), strict=True):
-                    plane[island > 0] = int(Code.REJECTED) * CODE_STEP
-            file = staged_path(Path(task.staging), kind, task.scan_id)
-            write_nifti(file, volume, native)
-            _to_disk(file)
-    return removed
+        voxels, removed = _write_mask(masks, task, native, islands, num_classes=num_classes)
+        _write_trust(trusts, task, native, islands if removed else None)
+    return {"mask_voxels": voxels, "removed_voxels": removed}
+
+
+def _write_mask(
+    masks: PlaneSpool, task: LabelTask, native: NativeGrid, islands: PlaneSpool, *, num_classes: int
+) -> tuple[list[int], int]:
+    volume = masks.read(native)
+    removed = without_islands(volume, native, task.rule, into=islands)
+    voxels = np.zeros(num_classes, np.int64)
+    for plane in native.canonical_view(volume):  # of the whole volume bincount would make an int64 copy
+        voxels += np.bincount(plane.ravel(), minlength=num_classes)
+    _stage(volume, "masks", task, native)
+    return voxels[1:].tolist(), removed
+
+
+def _write_trust(trusts: PlaneSpool, task: LabelTask, native: NativeGrid, islands: PlaneSpool | None) -> None:
+    volume = trusts.read(native)
+    view = native.canonical_view(volume)
+    for plane, island in zip(view, islands.planes(view.shape[1:]), strict=True) if islands else ():
+        plane[island > 0] = int(Code.REJECTED) * CODE_STEP
+    _stage(volume, "trust", task, native)
+
+
+def _stage(volume: npt.NDArray[np.uint8], kind: str, task: LabelTask, native: NativeGrid) -> None:
+    file = staged_path(Path(task.staging), kind, task.scan_id)
+    write_nifti(file, volume, native)
+    _to_disk(file)
 
 
 def without_islands(

@@ -22,7 +22,8 @@ from distseg.evaluation.tune_importance import Importance, importance
 from distseg.evaluation.tune_page import TunePage, render_tune_page
 from distseg.inference.model import build_network
 from distseg.methods import passes_a_slot
-from distseg.training.run import RunDirectory, write_atomic
+from distseg.training.remote_run import readable_run
+from distseg.training.run import write_atomic
 from distseg.work.tune_sweep import DEFAULT, Sweep
 from distseg.work.tune_trials import FAILED, FINISHED, STOPPED, Trial, Trials
 
@@ -243,8 +244,8 @@ def estimate(sweep: Sweep) -> list[str]:
     a_trial = weights * (4 * sweep.base.checkpoint.keep + 2)  # student, teacher and Adam's two moments; the model
     lines.append(f"on disk: about {a_trial * sweep.trials / 2**20:.0f} MiB ({a_trial / 2**20:.1f} MiB a trial)")
     if sweep.base.train.init_from is not None and sweep.warmup is None:
-        stored = RunDirectory(sweep.base.train.init_from).stored()
-        rows = RunDirectory(sweep.base.train.init_from).metrics()
+        with readable_run(sweep.base.train.init_from) as parent:
+            stored, rows = parent.stored(), parent.metrics()
         times = [row["time_step_s"] for row in rows if row.get("time_step_s") is not None]
         if stored is not None and times:
             ratio = passes_a_slot(sweep.base) / passes_a_slot(stored.config)

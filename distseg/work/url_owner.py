@@ -1,4 +1,4 @@
-"""One writer at a time for a cohort behind a URL, where no kernel's lock reaches.
+"""One writer at a time for a cohort or a run behind a URL, where no kernel's lock reaches.
 
 The lock is an object that is made only where there is none; its owner counts in it every few seconds. Who finds one
 watches it: a count that grows is a living owner, one that stands still for `LAPSE_S` is nobody's. No clock is compared,
@@ -10,7 +10,6 @@ could close.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import socket
@@ -21,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distseg.data.place import create_text, write_text
+from distseg.data.carry import OWNER
+from distseg.data.place import create_text, is_url, os_errors, reachable, write_text
 from distseg.errors import InputError
 from distseg.work.owner import Owner
 
@@ -45,7 +45,7 @@ class UrlOwner(Owner):
                 if not self.is_mine():
                     return
                 self._me["count"] += 1
-                with _os_errors():
+                with os_errors():
                     write_text(self._lock, json.dumps(self._me))
 
 
@@ -64,9 +64,29 @@ def owning_url(lock: Path, *, what: str, name: object) -> Iterator[UrlOwner]:
     finally:
         done.set()
         life.join()
-        with contextlib.suppress(OSError), _os_errors():  # it lapses; what was done under it is what counts
+        with contextlib.suppress(OSError), os_errors():  # it lapses; what was done under it is what counts
             if owner.is_mine():
                 lock.unlink()
+
+
+@contextlib.contextmanager
+def owning_run(run: str) -> Iterator[str | None]:
+    """Hold a run behind a URL while it trains: the claim that its writer shows. None for one on this file system.
+
+    Raises InputError while another process trains it, or where its storage does not answer.
+    """
+    if not is_url(run):
+        yield None
+        return
+    lock = reachable(run, key="run") / OWNER
+    with contextlib.ExitStack() as held:
+        try:
+            owner = held.enter_context(owning_url(lock, what="run", name=run))
+        except OSError as error:  # no such bucket, or none that we may write to
+            why = f"{type(error).__name__}: {error}"[:300]
+            fix = "check the URL, the keys and the endpoint in the environment"
+            raise InputError("cannot write there", where="run", value=run, rule=why, fix=fix) from error
+        yield owner.token
 
 
 def _take(lock: Path, me: dict[str, Any], what: str, name: object) -> None:
@@ -113,20 +133,9 @@ def _is_alive(lock: Path, holder: dict[str, Any]) -> bool:
 def _read(lock: Path) -> dict[str, Any]:
     """{} for a lock that is gone or damaged. Raises OSError where the store does not say."""
     try:
-        with _os_errors():
+        with os_errors():
             content = lock.read_bytes()
         found = json.loads(content)
     except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-@contextlib.contextmanager
-def _os_errors() -> Iterator[None]:
-    """Around a request: what a backend raises becomes an OSError, so that a thread can outlive it."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:  # every backend of fsspec has errors of its own, without a common base
-        raise OSError(errno.EREMOTEIO, f"{type(error).__name__}: {error}"[:300]) from error

@@ -9,14 +9,16 @@ from pathlib import Path
 
 BENCHMARKS = (
     "step", "step_growth", "precision", "methods", "index", "embeddings", "bank", "scaling", "ray", "resume", "tune",
-    "label", "label_ledger", "label_quality",
+    "label", "label_actors", "label_ledger", "label_quality",
     "ingest", "layout", "patches", "loader", "open_cohort", "hosts", "layers",
 )  # fmt: skip
 OPTIONS = {
     "index": ("large",),
     "embeddings": ("trained", "cohort"),
     "precision": ("trained", "cohort"),
-    "label": ("trained", "cohort"),
+    "label": ("trained", "cohort", "scans"),
+    "label_actors": ("trained", "cohort", "scans"),
+    "label_ledger": ("scans",),
     "label_quality": ("trained", "cohort", "output"),
     "patches": ("data",),
     "hosts": ("rounds",),
@@ -36,6 +38,7 @@ def main() -> None:
         "--trained", metavar="RUN", help="embeddings, precision, label*: a finished run whose model is looked at"
     )
     parser.add_argument("--cohort", help="embeddings, precision, label*: of the run's kind; tune: to train on")
+    parser.add_argument("--scans", type=int, help="label, label_actors, label_ledger: so many in place of their own")
     parser.add_argument("--output", help="label_quality: where masks and review are kept")
     parser.add_argument("--data", help="patches: a folder that keeps the scans made (10 GB) for the next time")
     parser.add_argument("--rounds", type=int, help="hosts: fewer than its own five")

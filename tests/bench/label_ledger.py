@@ -1,6 +1,7 @@
 """The ledger at scale, by a labeller that does nothing but leave two empty files.
 
-Keys (a cohort of SCANS = 100 000 stubs; a ledger of LINES = 1 000 000; one process each, so that memory is its own):
+Keys (a cohort of 100 000 stubs; a ledger of ten times as many lines; one process each, so that memory is its own; with
+--scans another number of stubs, to see that it works):
   label_ledger.start_s           from the call to the first scan, 100 000 to do
   label_ledger.scans_per_s       committed
   label_ledger.resume_s          from the call to the first scan, half of them done
@@ -22,21 +23,21 @@ from typing import Any
 
 from rich.console import Console
 
-SCANS, LINES = 100_000, 1_000_000
+SCANS, LINES_A_SCAN = 100_000, 10
 _FACTS = {
     "voxels": 1, "windows": 1, "windows_embedded": 0, "threshold_nats": 0.5, "doubtful": 3, "matched": 2,
     "disagreeing": 1, "surface_voxels": 5, "surface_entropy": 0.25, "class_voxels": [9], "expected_dice": [0.75],
-    "components": [1], "largest_share": [1.0], "descriptor": [0.25] * 16, "native_voxels": 1, "run_voxel_ml": 0.05,
-    "removed_voxels": 0, "network_s": 0.0, "seconds": 0.0,
+    "components": [1], "largest_share": [1.0], "descriptor": [0.25] * 16, "native_voxels": 1, "native_voxel_ml": 0.05,
+    "mask_voxels": [9], "removed_voxels": 0, "network_s": 0.0, "seconds": 0.0,
 }  # fmt: skip
 
 
-def run() -> dict[str, float]:
+def run(scans: int | None = None) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="distseg-bench-") as scratch:
         keys = {}
         for work in (_stubs, _million):
             receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
-            process = multiprocessing.get_context("spawn").Process(target=work, args=(scratch, sender))
+            process = multiprocessing.get_context("spawn").Process(target=work, args=(scratch, sender, scans or SCANS))
             process.start()
             keys |= receiver.recv()
             process.join()
@@ -44,7 +45,7 @@ def run() -> dict[str, float]:
     return keys
 
 
-def _stubs(scratch: str, sender: Any) -> None:
+def _stubs(scratch: str, sender: Any, scans: int) -> None:
     import torch
 
     from distseg.config.verbs import LabelSectionConfig
@@ -55,7 +56,7 @@ def _stubs(scratch: str, sender: Any) -> None:
 
     folder = Path(scratch)
     made_run = make_run(folder, class_names=("background", "bone"))
-    cohort = _stub_cohort(folder)
+    cohort = _stub_cohort(folder, scans)
     keys: dict[str, float] = {}
     settings = LabelSectionConfig(review_scans=0)
     write_review = driver.write_review
@@ -78,9 +79,9 @@ def _stubs(scratch: str, sender: Any) -> None:
         return labeller.first - begun, time.perf_counter() - labeller.first
 
     def work() -> None:
-        keys["label_ledger.start_s"], seconds = label(SCANS // 2)
-        keys["label_ledger.scans_per_s"] = SCANS // 2 / seconds
-        keys["label_ledger.resume_s"], _ = label(SCANS)
+        keys["label_ledger.start_s"], seconds = label(scans // 2)
+        keys["label_ledger.scans_per_s"] = scans // 2 / seconds
+        keys["label_ledger.resume_s"], _ = label(scans)
 
     peak = peak_mib(work, torch.device("cpu"))
     sender.send({**keys, "label_ledger.peak_mib": peak or 0.0})
@@ -106,7 +107,7 @@ class _Nothing:
         return Labelled(task.scan_id, task.source.version, _FACTS)
 
 
-def _stub_cohort(folder: Path) -> str:
+def _stub_cohort(folder: Path, scans: int) -> str:
     import zarr
 
     cohort = folder / "stubs.zarr"
@@ -117,12 +118,12 @@ def _stub_cohort(folder: Path) -> str:
         "label_sha256": None, "modality": "CT", "voxels": {},
     }  # fmt: skip
     with open(folder / "stubs.index.jsonl", "w") as file:
-        for number in range(SCANS):
+        for number in range(scans):
             file.write(json.dumps({"id": f"scan_{number:06d}", "sha256": f"{number:064x}", **record}) + "\n")
     return str(cohort)
 
 
-def _million(scratch: str, sender: Any) -> None:
+def _million(scratch: str, sender: Any, scans: int) -> None:
     import torch
 
     from distseg.work.ledger import Ledger
@@ -133,7 +134,7 @@ def _million(scratch: str, sender: Any) -> None:
     identity = {"model": "m"}
     with open(output / "ledger.jsonl", "w") as file:
         file.write(json.dumps({"format": 1, "identity": identity}) + "\n")
-        for number in range(LINES):
+        for number in range(LINES_A_SCAN * scans):
             line = {"done": f"scan_{number:07d}", "version": f"{number:016x}", "staged": "0" * 12, **_FACTS}
             file.write(json.dumps(line, separators=(",", ":")) + "\n")
     seconds = []

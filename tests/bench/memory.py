@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -36,6 +37,15 @@ def peak_mib(function: Callable[[], object], device: torch.device) -> float | No
     _CLEAR.write_text("5")  # man proc: resets the high-water mark to what is resident now
     function()
     return _resident_mib("VmHWM") - before
+
+
+def without_reserves() -> None:
+    """For the rest of this process every block from 64 KiB on goes back to the system when it is freed. glibc keeps
+    blocks in reserve otherwise, by a rule that adapts: some 20 MiB, another number each time."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for parameter, value in ((_M_MMAP_THRESHOLD, 64 * 2**10), (_M_ARENA_MAX, 1)):
+            library.mallopt(parameter, value)
 
 
 def _resident_mib(field: str) -> float:

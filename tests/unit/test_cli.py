@@ -148,19 +148,23 @@ def test_branching_from_any_path(caught: list[Any], path: str) -> None:
     assert (caught[0].run, caught[0].train.init_from) == (path, path)
 
 
-def test_api_makes_paths_absolute_and_refuses_urls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_api_makes_paths_absolute_and_refuses_urls_where_none_may_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from distseg.training import local
 
     seen: list[Any] = []
-    monkeypatch.setattr(local, "train_local", seen.append)
+    monkeypatch.setattr(local, "train_local", lambda config, **_: seen.append(config))
     monkeypatch.chdir(tmp_path)
     overrides = {"launcher": "local", "train.init_from": "w${x}"}
     api.train(cohort="c.zarr", run="${r}", overrides=overrides)
     assert (seen[0].cohort, seen[0].run) == (str(tmp_path / "c.zarr"), str(tmp_path / "${r}"))
     assert seen[0].train.init_from == str(tmp_path / "w${x}")
-    with pytest.raises(ConfigError, match=r"run: not a local path \(got s3://bucket/r\)"):
-        api.train(cohort="c.zarr", run="s3://bucket/r")
-    assert len(seen) == 1
+    api.train(cohort="s3://bucket/c.zarr", run="s3://bucket/r", overrides={"launcher": "local"})
+    assert (seen[1].cohort, seen[1].run) == ("s3://bucket/c.zarr", "s3://bucket/r")
+    with pytest.raises(ConfigError, match=r"pseudo_labels: not a local path \(got s3://bucket/p\)"):
+        api.train(cohort="c.zarr", run="r", overrides={"data.pseudo_labels": "s3://bucket/p"})
+    assert len(seen) == 2
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

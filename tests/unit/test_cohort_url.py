@@ -326,8 +326,13 @@ def test_urls_that_cannot_be_read(tmp_path: Path, in_memory: str, monkeypatch: p
             InputError, match=r"storage cannot be reached \(got memory:.*ConnectionError: nobody answers"
         ):
             Cohort.open(in_memory)
-    with pytest.raises(ConfigError, match=r"run: not a local path \(got s3://b/run\).*only cohort= may be a URL"):
-        distseg.train(cohort=str(tmp_path), run="s3://b/run", overrides={"launcher": "local"})
+    told = r"run: not a local path \(got s3://b/run\).*a URL may be cohort=, run= of train, evaluate, predict"
+    with pytest.raises(ConfigError, match=told):
+        distseg.benchmark(cohort=str(tmp_path), run="s3://b/run")
+    with pytest.raises(ConfigError, match=told):
+        distseg.tune(cohort=str(tmp_path), run="s3://b/run", space="thresholds")
+    with pytest.raises(ConfigError, match=r"output: not a local path \(got s3://b/masks\)"):
+        distseg.label(run="s3://b/run", cohort=str(tmp_path), output="s3://b/masks")
     monkeypatch.setitem(sys.modules, "upath", None)
     with pytest.raises(InputError, match=r"URL that cannot be read here.*pip install 'distseg\[remote\]'"):
         Cohort.open(in_memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,8 @@ def share(of_rank: list[Piece]) -> list[tuple[int, int, np.ndarray, np.ndarray]]
 
 
 def owner(root: Path) -> IndexOwner:
-    return IndexOwner(str(root), to_plain(CONFIG), 2, SCANS)
+    """Its bank is `root`/bank."""
+    return IndexOwner(to_plain(dataclasses.replace(CONFIG, run=str(root))), 2, SCANS)
 
 
 def test_two_shares_are_the_bank_of_one(tmp_path: Path) -> None:
@@ -49,7 +51,7 @@ def test_two_shares_are_the_bank_of_one(tmp_path: Path) -> None:
     assert not ours.ready(3)[0]
     ours.offer(3, 60, share(pieces()[0::2]), 0, 2)
     assert ours.ready(3)[0]
-    one, two = (load_table(tmp_path / side / "v_0003") for side in ("local", "ray"))
+    one, two = (load_table(tmp_path / side / "v_0003") for side in ("local", "ray/bank"))
     assert torch.equal(one.embeddings, two.embeddings)
     assert torch.equal(one.classes, two.classes)
     queries = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
@@ -75,7 +77,7 @@ def test_a_group_of_another_size_starts_a_version_anew(tmp_path: Path) -> None:
     ours.offer(0, 0, share(pieces()[1::2]), 1, 2)
     ours.offer(0, 0, share(pieces()), 0, 1)
     assert ours.ready(0)[0]
-    assert len(load_table(tmp_path / "v_0000").classes) == 24
+    assert len(load_table(tmp_path / "bank/v_0000").classes) == 24
 
 
 @pytest.mark.parametrize(("before", "after", "left"), [(1, None, [1, 2]), (None, 0, [0])])

@@ -22,12 +22,16 @@ import torch
 from distseg.cli import main
 from distseg.config.verbs import LabelConfig, LabelSectionConfig
 from distseg.data.cohort import Cohort
+from distseg.data.intensity import Intensity
 from distseg.data.label_output import KINDS, ledger_path, read_identity, read_ledger
 from distseg.data.nifti import read_nifti
+from distseg.data.patches import PatchReader
+from distseg.data.pseudo_labels import PseudoLabels
 from distseg.errors import DataError, InputError, RunMismatchError
 from distseg.evaluation.metrics import largest_components
 from distseg.inference import whole_scan
 from distseg.inference.sliding_window import run_grid
+from distseg.losses.supervised import IGNORE
 from distseg.work.executor import STOPPING, LocalExecutor
 from distseg.work.label_cohort import LabelReport, label_cohort
 from distseg.work.label_estimate import LabelEstimate, estimate_label
@@ -113,7 +117,7 @@ def test_what_is_written(undisturbed: Path, cohort_path: str) -> None:
         for value, name in ((1, "hip"), (2, "femur")):
             native_ml = (mask == value).sum() * 0.012
             counted_ml = facts[row["scan_id"]]["class_voxels"][value - 1] * 0.015  # on the run's grid
-            assert float(row[f"volume_ml_{name}"]) == pytest.approx(counted_ml, abs=1e-3)
+            assert float(row[f"volume_ml_{name}"]) == pytest.approx(native_ml, abs=1e-3)
             # An untrained network's classes are all but tied, so its surfaces move between the grids.
             assert native_ml / 2.5 - 3 < counted_ml < native_ml * 2.5 + 3
     with open(undisturbed / "next_to_label.csv") as file:
@@ -344,7 +348,7 @@ def test_classes_of_one_piece_keep_one_piece(run: str, cohort_path: str, undistu
     label(str(whole), cohort_path, tmp_path / "o")
     removed = 0
     with (tmp_path / "o/scans.csv").open() as file:
-        told = {row["scan_id"]: int(float(row["removed_voxels"])) for row in csv.DictReader(file)}
+        rows = {row["scan_id"]: row for row in csv.DictReader(file)}
     for scan_id in ALL:
         before, after, trust = (
             read_nifti(folder / kind / f"{scan_id}.nii.gz").array.astype(np.uint8)
@@ -352,11 +356,17 @@ def test_classes_of_one_piece_keep_one_piece(run: str, cohort_path: str, undistu
         )
         np.testing.assert_array_equal(after, largest_components(before, values=[2]))
         gone = before != after
-        assert told[scan_id] == gone.sum()
+        assert float(rows[scan_id]["removed_voxels"]) == gone.sum()
+        assert float(rows[scan_id]["volume_ml_femur"]) == pytest.approx((after == 2).sum() * 0.012, abs=1e-3)
         assert set(np.unique(trust[gone])) <= {2 * 64}
         unchanged = read_nifti(undisturbed / f"trust/{scan_id}.nii.gz").array
         np.testing.assert_array_equal(trust[~gone], unchanged[~gone])
         removed += int(gone.sum())
+        if scan_id == "u":
+            target = _as_training_reads(tmp_path / "o", cohort_path, tmp_path / "read")
+            np.testing.assert_array_equal(target == IGNORE, trust % 64 < 0.25 * 63)
+            assert gone.any()
+            assert (target[gone] == IGNORE).all()
     assert removed > 0
     everything = tmp_path / "all"
     label(str(whole), cohort_path, everything, settings=dataclasses.replace(SETTINGS, components="all"))
@@ -366,6 +376,17 @@ def test_classes_of_one_piece_keep_one_piece(run: str, cohort_path: str, undistu
     keys = [f"run={whole}", f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "logging.progress=false"]
     assert main(["predict", *keys, "by=label", "label.overlap=0.25"]) == 0
     assert (tmp_path / "out/a.nii.gz").read_bytes() == (tmp_path / "o/masks/a.nii.gz").read_bytes()
+
+
+def _as_training_reads(output: Path, cohort_path: str, folder: Path) -> np.ndarray:
+    """What `data.pseudo_labels` makes of scan u at its native spacing, with the default floor of confidence."""
+    folder.mkdir()
+    cohort, spacing = Cohort.open(cohort_path), (3.0, 2.0, 2.0)
+    reader = PatchReader(cohort, spacing_mm=spacing, intensity=Intensity("per_scan"), memory_nbytes=0)
+    labels = PseudoLabels(
+        output, scans=("u",), cohort=cohort, reader=reader, spacing_mm=spacing, folder=folder, confidence=0.25
+    )
+    return labels.label("u", (0, 0, 0), reader.shape("u"))
 
 
 def test_a_dry_run_writes_nothing_and_says_what_it_takes(
