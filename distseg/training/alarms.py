@@ -15,6 +15,9 @@ WINDOW = 25
 # Labelled patches are drawn towards the object, unlabelled ones are not: on those the object should fill less.
 FLOOD_RATIO = 2.0  # predicted share on unlabelled patches over the true share on labelled ones
 COLLAPSE_RATIO = 0.01
+SHRINK_RATIO = (
+    0.25  # of that ratio in a branch's first WINDOW steps: told 5 runs that lost overlap from 60 that did not
+)
 MATCHED_FLOOD = 0.5  # share of the matched voxels that matching calls foreground; the truth is a few per cent
 MATCHED_LEAST = 1e-4  # of the unlabelled voxels: where fewer are matched, a handful would decide
 
@@ -28,28 +31,46 @@ TEXT = {
     "are matched to foreground; surface references may look like other tissue",
     "alarm_collapse": "collapse: the student calls {foreground_unlabelled:.2%} of unlabelled patches foreground, "
     "labelled ones hold {foreground_target:.0%}",
+    "alarm_shrink": "shrinking: the student calls {foreground_unlabelled:.2%} of unlabelled patches foreground, "
+    "labelled ones hold {foreground_target:.1%}; a quarter of what it began with, or less: pseudo-labels may take the "
+    "object away",
 }
 
 
 class Alarms:
-    """Feed it each row in order; it returns the row's alarms."""
+    """Feed it each row in order; it returns the row's alarms.
 
-    def __init__(self, earlier: Iterable[Mapping[str, Any]]) -> None:
-        self._rows: deque[Mapping[str, Any]] = deque(earlier, maxlen=WINDOW)
+    `branched`: the run began with a trained student (`train.init_from`), whose share at the start means something;
+    then `earlier` is every row so far, else the last `WINDOW` will do.
+    """
+
+    def __init__(self, earlier: Iterable[Mapping[str, Any]], *, branched: bool = False) -> None:
+        rows = list(earlier)
+        self._rows: deque[Mapping[str, Any]] = deque(rows, maxlen=WINDOW)
+        self._branched, self._first = branched, rows[:WINDOW]
 
     def of(self, row: Mapping[str, Any]) -> dict[str, int]:
         """Alarm name -> 1, for those that sound at this row; of shares none before `WINDOW` rows are there."""
         self._rows.append(row)
+        if len(self._first) < WINDOW:
+            self._first.append(row)
         sounding = {"alarm_not_finite": "not_finite" in row}
         means = window_means(self._rows) if len(self._rows) == WINDOW else {}
         predicted, target = means.get("foreground_unlabelled"), means.get("foreground_target")
         if predicted is not None and target:
             sounding["alarm_flood"] = predicted > FLOOD_RATIO * target
             sounding["alarm_collapse"] = predicted < COLLAPSE_RATIO * target
+            if self._branched:
+                sounding["alarm_shrink"] = predicted / target < SHRINK_RATIO * self._ratio_at_first()
         matched = means.get("foreground_matched")
         if matched is not None and means.get("coverage_matched", 1.0) >= MATCHED_LEAST:
             sounding["alarm_matched_flood"] = matched > MATCHED_FLOOD
         return {name: 1 for name, on in sounding.items() if on}
+
+    def _ratio_at_first(self) -> float:
+        means = window_means(self._first)
+        target = means.get("foreground_target")
+        return means.get("foreground_unlabelled", 0.0) / target if target else 0.0
 
 
 def window_means(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from distseg.config.schema import TrainRunConfig
 from distseg.errors import NonFiniteLossError
 from distseg.methods.base import At, Method
-from distseg.training.alarms import WINDOW, Alarms
+from distseg.training.alarms import Alarms
 from distseg.training.clock import Clock
 from distseg.training.run import RunDirectory
 from distseg.training.step import record
@@ -61,7 +61,8 @@ class StepLog:
         self._skipped = _skipped_last(run.metrics_from(None)[0], before=first_step)  # steps in a row
         self._pending: list[tuple[At, tuple[str, ...], Tensor, dict[str, float]]] = []
         self._waited_s, self._since = 0.0, time.perf_counter()
-        self._alarms = Alarms(run.metrics()[-WINDOW:] if reporter is not None else ())
+        branched = config.train.init_from is not None
+        self._alarms = Alarms(run.metrics() if reporter is not None else (), branched=branched)
         self._trackers = open_trackers(run, config.logging, first_step) if reporter is not None else []
 
     @contextmanager

@@ -467,6 +467,15 @@ def test_alarms_by_hand() -> None:
     assert (matched.name, matched.when) == ("alarm_matched_flood", "at 2 of 3 steps, from 2 to 3")
     assert matched.text.startswith("flood of matched labels: 70% of")
     assert sounded(course[:1]) == sounded([]) == []
+    # A branch whose share falls below a quarter of what it began with; a run from nothing began with noise.
+    began, shrunk, held = ({**quiet, "foreground_unlabelled": share} for share in (0.1, 0.024, 0.026))
+    for branched, last, expected in ((True, shrunk, {"alarm_shrink": 1}), (True, held, {}), (False, shrunk, {})):
+        assert Alarms([began] * 25 + [last] * 24, branched=branched).of(last) == expected
+        live = Alarms([], branched=branched)
+        assert [live.of(row) for row in [began] * 25 + [last] * 25][-1] == expected
+    assert alarm_text("alarm_shrink", [{**shrunk, "step": 50}]).startswith(
+        "step 50: shrinking: the student calls 2.40%"
+    )
     # A mean over the window: one wild step is no alarm.
     assert Alarms([quiet] * 24).of({**quiet, "foreground_matched": 0.7}) == {}
     # Each matched voxel counts the same, and a handful of them is no flood.
