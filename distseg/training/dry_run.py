@@ -131,7 +131,7 @@ def trial(plain: Mapping[str, Any], *, threads: int, steps_done: int) -> DryRun:
         steps=steps,
         step_s=watch.step_s,
         pause_s=watch.pause_s / config.resources.workers,
-        pauses=math.ceil(steps / every) if watch.pause_s else 0,
+        pauses=math.ceil(steps / every) if watch.looked else 0,
         checkpoint_s=watch.checkpoint_s,
         checkpoints=math.ceil(steps / config.checkpoint.every_steps),
         start_s=watch.start_s,
@@ -201,6 +201,10 @@ class _Stopwatch:
     @property
     def start_s(self) -> float:
         return self._rows[0][0] - self._begun
+
+    @property
+    def looked(self) -> bool:
+        return any("val_dice" in row for _, row in self._rows)
 
     @property
     def pause_s(self) -> float:
