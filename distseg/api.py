@@ -31,6 +31,7 @@ from distseg.config.verbs import (
     PredictConfig,
     TuneRunConfig,
 )
+from distseg.data.place import absolute, look_at
 from distseg.errors import ConfigError, FinishedWithFailures
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 
 Launcher = Literal["ray", "local"]
 Config = TypeVar("Config")
-_MAY_BE_URLS = "cohort=, run= of train, evaluate, predict, label and export, and train.init_from="
 
 
 def ingest(
@@ -80,7 +80,7 @@ def ingest(
 def ingest_from_config(config: IngestConfig) -> IngestReport:
     from distseg.work.ingest import ingest_cohort
 
-    config = _absolute(config, "source", "cohort")
+    config = absolute(config, "source", "cohort")
     with _executor(config.launcher, config.resources) as executor:
         report = ingest_cohort(
             source=config.source,
@@ -114,7 +114,7 @@ def cohort_from_config(config: CohortConfig) -> CohortReport:
     from distseg.data.cohort import Cohort
     from distseg.work.cohort_actions import CohortReport, holds, remove_scan, repair_cohort
 
-    config = _absolute(config, "cohort")
+    config = absolute(config, "cohort")
     dropped: list[str] = []
     if config.action == "remove":
         if config.scan is None:
@@ -153,11 +153,11 @@ def train(
 
 
 def train_from_config(config: TrainRunConfig) -> TrainResult | DryRun:
-    config = _absolute(config, "cohort", "run", urls=("cohort", "run"))
-    config.train = _absolute(config.train, "init_from", urls=("init_from",))
-    config.data = _absolute(config.data, "pseudo_labels")
+    config = absolute(config, "cohort", "run", urls=("cohort", "run"))
+    config.train = absolute(config.train, "init_from", urls=("init_from",))
+    config.data = absolute(config.data, "pseudo_labels")
     if config.dry_run:
-        _look_at(config.run)
+        look_at(config.run)
         return _dry_run(config)
     from distseg.work.url_owner import owning_run
 
@@ -201,8 +201,8 @@ def evaluate(
 def evaluate_from_config(config: EvaluateConfig) -> dict[str, Any]:
     from distseg.work.evaluate import evaluate_run
 
-    config = _absolute(config, "run", "cohort", urls=("run", "cohort"))
-    _look_at(config.run)
+    config = absolute(config, "run", "cohort", urls=("run", "cohort"))
+    look_at(config.run)
     with _executor(config.launcher, config.resources) as executor:
         return evaluate_run(
             run=config.run,
@@ -244,8 +244,8 @@ def predict(
 def predict_from_config(config: PredictConfig) -> PredictReport:
     from distseg.work.predict import predict_files
 
-    config = _absolute(config, "run", "input", "output", urls=("run",))
-    _look_at(config.run)
+    config = absolute(config, "run", "input", "output", urls=("run",))
+    look_at(config.run)
     with _executor(config.launcher, config.resources) as executor:
         report = predict_files(
             run=config.run,
@@ -295,8 +295,8 @@ def label(
 
 
 def label_from_config(config: LabelConfig) -> LabelReport | LabelEstimate:
-    config = _absolute(config, "run", "cohort", "output", urls=("run", "cohort"))
-    _look_at(config.run)
+    config = absolute(config, "run", "cohort", "output", urls=("run", "cohort"))
+    look_at(config.run)
     if config.dry_run:
         from distseg.work.label_estimate import estimate_label
 
@@ -338,7 +338,7 @@ def demo(
 def demo_from_config(config: DemoConfig) -> dict[str, dict[str, Any]]:
     from distseg.work.demo import run_demo
 
-    config = _absolute(config, "run")
+    config = absolute(config, "run")
     with _one_ray(config.launcher, config.resources):
         return run_demo(config, ingest=ingest_from_config, train=train_from_config, evaluate=evaluate_from_config)
 
@@ -373,7 +373,7 @@ def benchmark(
 def benchmark_from_config(config: BenchmarkConfig) -> BenchmarkResult:
     from distseg.work.benchmark import run_benchmark
 
-    config = _absolute(config, "cohort", "run", "cells_from")
+    config = absolute(config, "cohort", "run", "cells_from")
     cells = ResourcesConfig(workers=config.side_by_side, gpus_per_worker=config.resources.gpus_per_worker)
     with _executor(config.launcher, cells) as executor:
         return run_benchmark(config, executor=executor)
@@ -413,8 +413,8 @@ def tune(
 def tune_from_config(config: TuneRunConfig) -> TuneResult:
     from distseg.work.tune import LocalTrials, run_tune
 
-    config = _absolute(config, "cohort", "run")
-    config.train = _absolute(config.train, "init_from", urls=("init_from",))
+    config = absolute(config, "cohort", "run")
+    config.train = absolute(config.train, "init_from", urls=("init_from",))
     if config.launcher == "local":
         with _executor("local", ResourcesConfig(workers=config.tune.concurrent or 1)) as executor:
             return run_tune(config, runner=LocalTrials(executor), train=train_from_config)
@@ -441,8 +441,8 @@ def export(
 def export_from_config(config: ExportConfig) -> ExportReport:
     from distseg.inference.model import load_model
 
-    config = _absolute(config, "run", "output", urls=("run",))
-    _look_at(config.run)
+    config = absolute(config, "run", "output", urls=("run",))
+    look_at(config.run)
     model = load_model(config.run)
     if config.format == "monai_bundle":
         from distseg.inference.export_bundle import export_bundle
@@ -471,7 +471,7 @@ def doctor(
 
 def doctor_from_config(config: DoctorConfig) -> Iterator[Finding]:
     """Findings as they are made."""
-    config = _absolute(config, "storage")
+    config = absolute(config, "storage")
     if config.launcher == "local":
         from distseg.work.doctor import examine_machine
 
@@ -497,35 +497,6 @@ def _config(kind: type[Config], arguments: Mapping[str, Any], **sections: Any) -
 
 def _list(values: Sequence[float] | None) -> list[float] | None:
     return None if values is None else [float(value) for value in values]
-
-
-def _absolute(config: Config, *names: str, urls: Sequence[str] = ("cohort",)) -> Config:
-    """A copy of `config` whose paths `names` are absolute; None stays None, and a URL, where `urls` has its name."""
-    paths: dict[str, str] = {}
-    for name in names:
-        path = getattr(config, name)
-        if path is None:
-            continue
-        if "://" in path and name in urls:
-            paths[name] = path.rstrip("/")
-            continue
-        if "://" in path:
-            rule = f"a folder or file of this file system, mounted storage included; a URL may be {_MAY_BE_URLS}"
-            raise ConfigError("not a local path", where=name, value=path, rule=rule, fix=f"set {name}=PATH")
-        if not path.strip():
-            raise ConfigError("empty path", where=name, fix=f"set {name}=PATH")
-        if "\0" in path:
-            raise ConfigError("a path cannot hold a null character", where=name)
-        paths[name] = os.path.abspath(path)
-    return dataclasses.replace(config, **paths)  # type: ignore[type-var]  # a dataclass by contract
-
-
-def _look_at(run: str) -> None:
-    """A store that is not there is told at once; one that goes away later is waited for."""
-    if "://" in run:
-        from distseg.data.place import reachable
-
-        reachable(run, key="run")
 
 
 @contextmanager

@@ -8,19 +8,45 @@ both. How to reach a store (keys, endpoint) is the backend's business: its envir
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from distseg.errors import InputError
+from distseg.errors import ConfigError, InputError
+
+Config = TypeVar("Config")
+_MAY_BE_URLS = "cohort=, run= of train, evaluate, predict, label and export, and train.init_from="
 
 
 def is_url(path: str | Path) -> bool:
     return "://" in str(path)
+
+
+def absolute(config: Config, *names: str, urls: Sequence[str] = ("cohort",)) -> Config:
+    """A copy of a dataclass whose paths `names` are absolute; None stays None, and a URL, where `urls` has its name.
+    Raises ConfigError for another URL, and for what is no path."""
+    paths: dict[str, str] = {}
+    for name in names:
+        path = getattr(config, name)
+        if path is None:
+            continue
+        if is_url(path) and name in urls:
+            paths[name] = path.rstrip("/")
+            continue
+        if is_url(path):
+            rule = f"a folder or file of this file system, mounted storage included; a URL may be {_MAY_BE_URLS}"
+            raise ConfigError("not a local path", where=name, value=path, rule=rule, fix=f"set {name}=PATH")
+        if not path.strip():
+            raise ConfigError("empty path", where=name, fix=f"set {name}=PATH")
+        if "\0" in path:
+            raise ConfigError("a path cannot hold a null character", where=name)
+        paths[name] = os.path.abspath(path)
+    return dataclasses.replace(config, **paths)  # type: ignore[type-var]  # a dataclass by contract
 
 
 def as_place(path: str | Path, *, key: str = "cohort") -> Path:
@@ -48,6 +74,12 @@ def reachable(path: str | Path, *, key: str = "cohort") -> Path:
             fix = "check the URL, the keys and the endpoint in the environment"
             raise InputError("storage cannot be reached", where=key, value=path, rule=why, fix=fix) from error
     return place
+
+
+def look_at(run: str) -> None:
+    """A store that is not there is told at once; one that goes away later is waited for."""
+    if is_url(run):
+        reachable(run, key="run")
 
 
 @contextlib.contextmanager
