@@ -15,9 +15,8 @@ WINDOW = 25
 # Labelled patches are drawn towards the object, unlabelled ones are not: on those the object should fill less.
 FLOOD_RATIO = 2.0  # predicted share on unlabelled patches over the true share on labelled ones
 COLLAPSE_RATIO = 0.01
-SHRINK_RATIO = (
-    0.25  # of that ratio in a branch's first WINDOW steps: told 5 runs that lost overlap from 60 that did not
-)
+# Of that ratio in a branch's first WINDOW steps; tells 5 runs that lost overlap from 60 that did not (RESULTS.md).
+SHRINK_RATIO = 0.25
 MATCHED_FLOOD = 0.5  # share of the matched voxels that matching calls foreground; the truth is a few per cent
 MATCHED_LEAST = 1e-4  # of the unlabelled voxels: where fewer are matched, a handful would decide
 

@@ -58,11 +58,11 @@ class StepLog:
         self._run, self._method, self._batch_size = run, method, config.train.batch_size
         self._clock, self._reporter, self._flush_steps = clock, reporter, flush_steps
         self._config, self._scan_ids = config, scan_ids
-        self._skipped = _skipped_last(run.metrics_from(None)[0], before=first_step)  # steps in a row
+        earlier = [row for row in run.metrics_from(None)[0] if row["step"] < first_step]  # others may yet be cut
+        self._skipped = _skipped_last(earlier)  # steps in a row
         self._pending: list[tuple[At, tuple[str, ...], Tensor, dict[str, float]]] = []
         self._waited_s, self._since = 0.0, time.perf_counter()
-        branched = config.train.init_from is not None
-        self._alarms = Alarms(run.metrics() if reporter is not None else (), branched=branched)
+        self._alarms = Alarms(earlier if reporter is not None else (), branched=config.train.init_from is not None)
         self._trackers = open_trackers(run, config.logging, first_step) if reporter is not None else []
 
     @contextmanager
@@ -138,7 +138,6 @@ class StepLog:
         return f"{', '.join(terms) or 'the gradient'} not finite on {', '.join(dict.fromkeys(scans))}"
 
 
-def _skipped_last(rows: Sequence[Mapping[str, Any]], *, before: int) -> int:
-    """How many steps in a row were skipped when step `before` begins; other ranks may see rows that are about to go."""
-    earlier = [row for row in rows if row["step"] < before]
+def _skipped_last(earlier: Sequence[Mapping[str, Any]]) -> int:
+    """How many steps in a row were skipped at the end of `earlier`."""
     return sum(1 for _ in itertools.takewhile(lambda row: "not_finite" in row, reversed(earlier)))
