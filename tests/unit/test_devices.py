@@ -211,8 +211,12 @@ def test_a_step_on_a_gpu_does_not_wait(name: str) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         step_on(device, name, lambda parameters: torch.optim.Adam(parameters, fused=True))
+        waited = None
+    except RuntimeError as error:  # of the mode set above, which names the call
+        waited = str(error)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+    assert waited is None
 
 
 # Memory
