@@ -131,20 +131,9 @@ def start_session(
         device=device,
         dtype=dtype,
     )
-    banks = None
-    if uses_bank(config):
-        asked = ServiceSettings(
-            folder=BankFolder(run.path / "bank", config, num_classes=plan.num_classes, behind=run.behind("bank")),
-            config=config,
-            scan_ids=plan.labelled,
-            num_classes=plan.num_classes,
-            width=learner.student.embedding_width,
-            communicator=communicator,
-            device=device,
-        )
-        banks = Banks(
-            builder, make_service(asked), every_steps=config.references.every_steps, communicator=communicator
-        )
+    banks = (
+        _banks(config, plan, run, learner, builder, communicator, make_service, device) if uses_bank(config) else None
+    )
     serving = {"bank_of": banks.serving} if banks else {}
     method = make_method(config, num_classes=plan.num_classes, **serving)
     doubt = _doubt(config, plan, run, reader, communicator) if method.uses_unlabelled else None
@@ -188,6 +177,28 @@ def _go_on(config: TrainRunConfig, run: RunDirectory, learner: Learner) -> tuple
     if branched:
         return 1, checkpoint.schedule_step
     return checkpoint.step + 1, checkpoint.schedule_step - checkpoint.step
+
+
+def _banks(
+    config: TrainRunConfig,
+    plan: Plan,
+    run: RunDirectory,
+    learner: Learner,
+    builder: ReferenceBuilder,
+    communicator: Communicator,
+    make_service: MakeReferenceService,
+    device: torch.device,
+) -> Banks:
+    asked = ServiceSettings(
+        folder=BankFolder(run.path / "bank", config, num_classes=plan.num_classes, behind=run.behind("bank")),
+        config=config,
+        scan_ids=plan.labelled,
+        num_classes=plan.num_classes,
+        width=learner.student.embedding_width,
+        communicator=communicator,
+        device=device,
+    )
+    return Banks(builder, make_service(asked), every_steps=config.references.every_steps, communicator=communicator)
 
 
 def _settings(config: TrainRunConfig, device: torch.device, precision: str) -> StepSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from distseg.data.formats import SPLIT_NAMES, Case, Source, discover
 from distseg.data.place import is_url, reachable
 from distseg.data.volume import Spacing, spacing3
 from distseg.errors import ConfigError, DataError, FinishedWithFailures
-from distseg.work.cohort_index import read_sources, reconcile, write_attrs, writing
+from distseg.work.cohort_index import Writing, read_sources, reconcile, write_attrs, writing
 from distseg.work.cohort_salt import cohort_salt, salt_attrs
 from distseg.work.executor import Executor, Outcome
 from distseg.work.line_file import LineFile
@@ -72,19 +72,8 @@ def ingest_cohort(
         classes = _open_store(path, found, spacing)
         stored = reconcile(path, trust_index=True)
         records, left_ids = stored.records, {name for name, _ in stored.left}
-        sources = read_sources(sources_path(path))
-        tasks = [
-            ScanTask(
-                case=case,
-                cohort=str(path),
-                staging="" if held.staging is None else str(held.staging),
-                classes=classes,
-                spacing_mm=spacing,
-                known=Known(records[case.scan_id], sources.get(case.scan_id)) if case.scan_id in records else None,
-            )
-            for case in _with_split(found, split)
-            if case.scan_id not in left_ids  # nothing in the store is replaced unread
-        ]
+        cases = [case for case in _with_split(found, split) if case.scan_id not in left_ids]  # none is replaced unread
+        tasks = _tasks(path, cases, records, held, classes=classes, spacing=spacing)
         report = IngestReport(str(path), failed=[*found.failures, *stored.left])
         index, origins = (LineFile(file, may_write=held.owner.check) for file in (index_path(path), sources_path(path)))
         with _progress_bar(progress) as bar, index, origins:
@@ -104,6 +93,29 @@ def ingest_cohort(
     if not report.added and not report.skipped:
         raise FinishedWithFailures(f"{source}: no usable case", report.failed)
     return report
+
+
+def _tasks(
+    path: Path,
+    cases: Sequence[Case],
+    records: Mapping[str, ScanRecord],
+    held: Writing,
+    *,
+    classes: dict[str, int],
+    spacing: Spacing | None,
+) -> list[ScanTask]:
+    sources = read_sources(sources_path(path))
+    return [
+        ScanTask(
+            case=case,
+            cohort=str(path),
+            staging="" if held.staging is None else str(held.staging),
+            classes=classes,
+            spacing_mm=spacing,
+            known=Known(records[case.scan_id], sources.get(case.scan_id)) if case.scan_id in records else None,
+        )
+        for case in cases
+    ]
 
 
 def _take_back(path: Path, new: Sequence[Path], *, had_folder: bool) -> None:

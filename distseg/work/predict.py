@@ -98,11 +98,14 @@ def predict_files(
         require_highdicom()
         check_class_names(cached_model(run, fingerprint)[0].class_names)
     inputs, failures, notes = find_inputs(Path(input), Path(output), format)
-    made_by = {"model": fingerprint, "network": network, "overlap": overlap, "components": components, "label": None}
-    rule = None if label is None else rule_of(label, cached_model(run, fingerprint)[0].info)
-    if label is not None and rule is not None:
-        by_label = {"network": "teacher", "overlap": label.overlap, "components": label.components}
-        made_by |= {**by_label, "label": {**dataclasses.asdict(rule), "keep_largest": list(rule.keep_largest)}}
+    made_by: dict[str, Any] = {"model": fingerprint}
+    rule = None
+    if label is None:
+        made_by |= {"network": network, "overlap": overlap, "components": components, "label": None}
+    else:
+        rule = rule_of(label, cached_model(run, fingerprint)[0].info)
+        by_rule = {**dataclasses.asdict(rule), "keep_largest": list(rule.keep_largest)}
+        made_by |= {"network": "teacher", "overlap": label.overlap, "components": label.components, "label": by_rule}
     record = None if is_mask(Path(output), format) else Path(output) / RECORD
     existing = {one.mask: one for one in inputs if one.mask.exists()}
     refuse_others_masks(existing, made_by, record)
@@ -110,19 +113,9 @@ def predict_files(
         add_to_record(record, {})  # a folder that cannot be written shows before the work
     threads = max(1, available_cores() // executor.workers)
     call = uuid.uuid4().hex[:8]
+    common: dict[str, Any] = {"made_by": made_by, "rule": rule, "threads": threads, "format": format}
     tasks = [
-        _Task(
-            run,
-            fingerprint,
-            one.name,
-            one.image,
-            str(one.mask),
-            str(_staged(one.mask, call)),
-            made_by,
-            rule,
-            threads,
-            format,
-        )
+        _Task(run, fingerprint, one.name, one.image, str(one.mask), str(_staged(one.mask, call)), **common)
         for one in inputs
         if one.mask not in existing
     ]
