@@ -155,9 +155,9 @@ def train(
 def train_from_config(config: TrainRunConfig) -> TrainResult | DryRun:
     config = absolute(config, "cohort", "run", urls=("cohort", "run"))
     config.train = absolute(config.train, "init_from", urls=("init_from",))
-    config.data = absolute(config.data, "pseudo_labels")
+    config.data = absolute(config.data, "pseudo_labels", urls=("pseudo_labels",))
     if config.dry_run:
-        look_at(config.run)
+        look_at(config.run, key="run")
         return _dry_run(config)
     from distseg.work.url_owner import owning_run
 
@@ -202,7 +202,7 @@ def evaluate_from_config(config: EvaluateConfig) -> dict[str, Any]:
     from distseg.work.evaluate import evaluate_run
 
     config = absolute(config, "run", "cohort", urls=("run", "cohort"))
-    look_at(config.run)
+    look_at(config.run, key="run")
     with _executor(config.launcher, config.resources) as executor:
         return evaluate_run(
             run=config.run,
@@ -245,7 +245,7 @@ def predict_from_config(config: PredictConfig) -> PredictReport:
     from distseg.work.predict import predict_files
 
     config = absolute(config, "run", "input", "output", urls=("run",))
-    look_at(config.run)
+    look_at(config.run, key="run")
     with _executor(config.launcher, config.resources) as executor:
         report = predict_files(
             run=config.run,
@@ -295,8 +295,9 @@ def label(
 
 
 def label_from_config(config: LabelConfig) -> LabelReport | LabelEstimate:
-    config = absolute(config, "run", "cohort", "output", urls=("run", "cohort"))
-    look_at(config.run)
+    config = absolute(config, "run", "cohort", "output", urls=("run", "cohort", "output"))
+    look_at(config.run, key="run")
+    look_at(config.output, key="output")
     if config.dry_run:
         from distseg.work.label_estimate import estimate_label
 
@@ -442,7 +443,7 @@ def export_from_config(config: ExportConfig) -> ExportReport:
     from distseg.inference.model import load_model
 
     config = absolute(config, "run", "output", urls=("run",))
-    look_at(config.run)
+    look_at(config.run, key="run")
     model = load_model(config.run)
     if config.format == "monai_bundle":
         from distseg.inference.export_bundle import export_bundle

@@ -28,7 +28,7 @@ class DataConfig:
     subset_seed: int = 0
     mirror_pairs: list[list[str]] | None = None  # classes that swap under a left-right flip
     pseudo_labels: str | None = None  # output of distseg label, whose masks of unlabelled training scans train too
-    pseudo_confidence: float = 0.25  # their voxels below it, of trust/, are ignored: 0 takes all, 1 almost none
+    pseudo_confidence: float = 0.25  # their voxels below it, of trust/, are ignored: 0 takes every label, 1 almost none
     pseudo_share: float = 0.5  # of the labelled patches that come from them
     memory_gib: float = 4.0  # training volumes kept in RAM, a worker; the rest is read patch by patch
 

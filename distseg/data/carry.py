@@ -13,12 +13,13 @@ import fcntl
 import functools
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from distseg.data.place import os_errors
+from distseg.data.place import is_url, os_errors
 from distseg.errors import DataError, InputError
 
 OWNER = "owner.json"  # in a run behind a URL, while it trains: see work/url_owner.py
@@ -46,7 +47,7 @@ def patiently(request: Callable[[], Result], *, where: object) -> Result:
                 raise
             if isinstance(error, PermissionError) or time.monotonic() + pause_s > until:
                 why = f"{type(error).__name__}: {error.strerror or error}"[:300]
-                fix = "the same command goes on from the last checkpoint there, once the storage answers"
+                fix = "the same command goes on from what is there, once the storage answers"
                 raise InputError("storage does not answer", where=where, value=why, fix=fix) from error
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -109,6 +110,18 @@ def put_files(folder: Path, to: Path, names: Sequence[str]) -> None:
     here, there = [str(folder / name) for name in names], [f"{store.path}/{name}" for name in names]
     if names:
         patiently(lambda: store.fs.put(here, there), where=to)
+
+
+@contextlib.contextmanager
+def local_copy(place: Path) -> Iterator[Path]:
+    """A file to read here: itself, or of one behind a URL a copy that goes away again. Raises FileNotFoundError where
+    that is gone."""
+    if not is_url(place):
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix="distseg-") as folder:
+        get_files(place.parent, Path(folder), [place.name])
+        yield Path(folder) / place.name
 
 
 def get_files(place: Path, folder: Path, names: Sequence[str]) -> None:

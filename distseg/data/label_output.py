@@ -1,18 +1,24 @@
 """The output of distseg label as it is read: who made it, which scans are done, where their files are.
 
-    OUT/ledger.jsonl       {"format", "identity"}, then a line an event; {"done": id, "version": ..., ...facts}
-    OUT/masks/ID.nii.gz    classes; OUT/trust/ID.nii.gz: 64 x code + confidence 0..63
+    OUT/ledger.jsonl          {"format", "identity"}, then a line an event; {"done": id, "version": ..., ...facts}
+    OUT/ledger/0000000.jsonl  behind a URL the same lines in pieces, as no object can be appended to
+    OUT/masks/ID.nii.gz       classes; OUT/trust/ID.nii.gz: 64 x code + confidence 0..63
 
-`work/ledger.py` writes it.
+An output may be copied to a URL and back: both forms are read, that in which its place is written to last.
+`work/ledger.py` and `work/url_ledger.py` write it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from distseg.data.carry import files_below, read_file
+from distseg.data.place import is_url
 from distseg.errors import DataError
 
 FORMAT = 1
@@ -20,9 +26,13 @@ SUFFIX = ".nii.gz"
 KINDS = ("masks", "trust")
 CODE_STEP = 64  # of a trust map: 64 x code + confidence
 CONFIDENCE_STEPS = 63  # the largest confidence
+NO_LABEL = 2 * CODE_STEP  # of a voxel that lost its label: rejected, at confidence 0
+PIECES = "ledger"
+_PIECE = re.compile(r"\d{7,}\.jsonl")
 
 
 def ledger_path(output: Path) -> Path:
+    """On this file system."""
     return output / "ledger.jsonl"
 
 
@@ -30,32 +40,62 @@ def committed_path(output: Path, kind: str, scan_id: str) -> Path:
     return output / kind / (scan_id + SUFFIX)
 
 
+def committed(output: Path) -> set[str]:
+    """Ids of the scans that have both their files; a line of the ledger says that they are done."""
+    names = [_names(output / kind) for kind in KINDS]
+    return {name.removesuffix(SUFFIX) for name in set.intersection(*names) if name.endswith(SUFFIX)}
+
+
+def pieces(output: Path) -> list[str]:
+    """Names in OUT/ledger, in their order."""
+    return sorted(filter(_PIECE.fullmatch, _names(output / PIECES)), key=lambda name: (len(name), name))
+
+
 def read_identity(output: Path) -> dict[str, Any]:
     """Of the labelling in OUT. Raises DataError where there is none."""
-    for line in _lines(ledger_path(output)):
-        if line.get("format") != FORMAT or not isinstance(line.get("identity"), dict):
-            break
-        identity: dict[str, Any] = line["identity"]
+    line = next((line for line in _lines(output) if "format" in line), {})
+    identity = line.get("identity")
+    if line.get("format") == FORMAT and isinstance(identity, dict):
         return identity
-    raise DataError("no output of distseg label", where=output, rule="it holds ledger.jsonl, masks/ and trust/")
+    raise DataError("no output of distseg label", where=output, rule="it holds a ledger, masks/ and trust/")
 
 
-def read_ledger(file: Path) -> Iterator[dict[str, Any]]:
-    """The events of a ledger, streamed; a line that is still being written is left out."""
-    lines = _lines(file)
-    next(lines, None)
-    yield from lines
+def read_ledger(output: Path) -> Iterator[dict[str, Any]]:
+    """The events of OUT's ledger, streamed; a line that is still being written is left out."""
+    return (line for line in _lines(output) if "format" not in line)
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    if not file.is_file():
+def _names(folder: Path) -> set[str]:
+    """Of the files in a folder, none where there is no folder."""
+    if is_url(folder):
+        return set(files_below(folder))
+    try:
+        return {entry.name for entry in os.scandir(folder)}
+    except FileNotFoundError:
+        return set()
+
+
+def _lines(output: Path) -> Iterator[dict[str, Any]]:
+    whole, parts = ledger_path(output), [output / PIECES / name for name in pieces(output)]
+    if is_url(output):
+        for part in (whole, *parts):
+            yield from _parsed(part, (read_file(part) or b"").splitlines(keepends=True))
         return
-    with open(file, "rb") as content:
-        for number, line in enumerate(content, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                fix = "take another output=, or delete the line; its scan is labelled again"
-                raise DataError("line is not JSON", where=f"{file}:{number}", value=error, fix=fix) from error
+    for part in (*parts, whole):
+        if part.is_file():
+            with open(part, "rb") as content:
+                yield from _parsed(part, content)
+
+
+def _parsed(file: Path, lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            found = json.loads(line)
+            if not isinstance(found, dict):
+                raise ValueError(f"{type(found).__name__}, not an object")
+        except ValueError as error:
+            fix = "take another output=, or delete the line; its scan is labelled again"
+            raise DataError("line is not JSON", where=f"{file}:{number}", value=error, fix=fix) from error
+        yield found

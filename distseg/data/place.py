@@ -1,4 +1,4 @@
-"""Where a cohort or a run lies: a folder of this file system, or what an fsspec URL names (s3://bucket/cohort.zarr).
+"""Where a cohort, a run or an output lies: a folder of this file system, or what an fsspec URL names (s3://bucket/cohort.zarr).
 
 A place behind a URL is a universal_pathlib.UPath, which has the calls of pathlib.Path that are used here; it is typed
 as one. What a file system does by renaming, an object store does by putting one whole object: `write_text` is atomic on
@@ -20,7 +20,10 @@ from typing import Any, TypeVar, cast
 from distseg.errors import ConfigError, InputError
 
 Config = TypeVar("Config")
-_MAY_BE_URLS = "cohort=, run= of train, evaluate, predict, label and export, and train.init_from="
+_MAY_BE_URLS = (
+    "cohort=, run= of train, evaluate, predict, label and export, output= of label, train.init_from= and"
+    " data.pseudo_labels="
+)
 
 
 def is_url(path: str | Path) -> bool:
@@ -76,10 +79,10 @@ def reachable(path: str | Path, *, key: str = "cohort") -> Path:
     return place
 
 
-def look_at(run: str) -> None:
+def look_at(place: str, *, key: str) -> None:
     """A store that is not there is told at once; one that goes away later is waited for."""
-    if is_url(run):
-        reachable(run, key="run")
+    if is_url(place):
+        reachable(place, key=key)
 
 
 @contextlib.contextmanager

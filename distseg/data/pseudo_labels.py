@@ -22,13 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from distseg.data.carry import local_copy
 from distseg.data.cohort import Cohort, Scan
 from distseg.data.keys import Purpose, generator
-from distseg.data.label_output import CODE_STEP, CONFIDENCE_STEPS, KINDS, committed_path
+from distseg.data.label_output import CODE_STEP, CONFIDENCE_STEPS, KINDS, NO_LABEL, committed_path
 from distseg.data.nifti import read_nifti
 from distseg.data.patches import LabelArray, PatchReader, crop
 from distseg.data.place import join
-from distseg.data.volume import resample_box
+from distseg.data.volume import Volume, resample_box
 from distseg.errors import DataError
 from distseg.losses.supervised import IGNORE
 
@@ -42,7 +43,7 @@ class PseudoLabels:
     Args:
         reader: says each scan's shape on the run's grid.
         folder: for the labels on the run's grid; any rank may write there.
-        confidence: 0 to 1, the least a voxel's label must have in the trust map.
+        confidence: 0 to 1, the least a voxel's label must have in the trust map; one without a label is never taken.
     """
 
     def __init__(
@@ -99,14 +100,14 @@ class PseudoLabels:
 
     def _on_run_grid(self, scan_id: str) -> LabelArray:
         scan = Scan(join(self._cohort_path, scan_id), scan_id)
-        mask, trust = (read_nifti(committed_path(self._output, kind, scan_id)) for kind in KINDS)
+        mask, trust = (self._volume(kind, scan_id) for kind in KINDS)
         native = scan.native
         for volume in (mask, trust):
             if volume.native.shape != native.shape or not np.allclose(volume.native.affine, native.affine, atol=1e-3):
                 rule = "masks and trust maps lie in the grid of the scan's source"
                 fix = "label this cohort again"
                 raise DataError("pseudo-label of another image", where=scan_id, rule=rule, fix=fix)
-        unsure = trust.array % CODE_STEP < self._least
+        unsure = (trust.array % CODE_STEP < self._least) | (trust.array == NO_LABEL)
         label: LabelArray = resample_box(
             np.where(unsure, np.uint8(IGNORE), mask.array.astype(np.uint8)),
             source_spacing_mm=native.geometry.spacing_mm,
@@ -117,6 +118,10 @@ class PseudoLabels:
             fill=IGNORE,
         )
         return label
+
+    def _volume(self, kind: str, scan_id: str) -> Volume:
+        with local_copy(committed_path(self._output, kind, scan_id)) as file:
+            return read_nifti(file)
 
     def _drawn(self, scan_id: str, label: LabelArray) -> npt.NDArray[np.int32]:
         key = int.from_bytes(hashlib.sha256(scan_id.encode()).digest()[:8], "little")

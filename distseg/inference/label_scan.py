@@ -51,7 +51,7 @@ class Code(IntEnum):
     RELIABLE = 0
     MATCHED = 1
     REJECTED = 2  # doubtful and not matched, takes the argmax: the matcher rejected it, or there is none
-    # A voxel outside the largest component of a class of one piece takes background, and this code at confidence 0.
+    # A voxel outside the largest component of a class of one piece takes background, and NO_LABEL: this code, at 0.
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from distseg.config.schema import TrainRunConfig
 from distseg.data.cohort import Cohort
-from distseg.data.label_output import KINDS, committed_path, ledger_path, read_identity, read_ledger
+from distseg.data.label_output import committed, read_identity, read_ledger
 from distseg.data.patches import PatchReader
+from distseg.data.place import as_place, reachable
 from distseg.data.pseudo_labels import PseudoLabels
 from distseg.errors import ConfigError, DataError, RunMismatchError
 
@@ -28,7 +29,8 @@ def find_pseudo_labels(config: TrainRunConfig, cohort: Cohort, unlabelled: Seque
     better. Raises ConfigError or DataError where there are none, or of other classes."""
     if config.data.pseudo_labels is None:
         return FoundPseudoLabels()
-    key, output = "data.pseudo_labels", Path(config.data.pseudo_labels)
+    key = "data.pseudo_labels"
+    output = reachable(config.data.pseudo_labels, key=key)
     if config.method.name == "dtc":
         rule = "a method whose labelled patches are known everywhere: distance maps have no unknown voxels"
         raise ConfigError("no pseudo-labels with this method", where="method", value="dtc", rule=rule)
@@ -37,8 +39,8 @@ def find_pseudo_labels(config: TrainRunConfig, cohort: Cohort, unlabelled: Seque
         rule = f"the cohort's classes {', '.join(cohort.class_names)}"
         raise ConfigError("pseudo-labels of other classes", where=key, value=identity.get("classes"), rule=rule)
     wanted, versions = set(unlabelled), {record.scan_id: record.sha256[:16] for record in cohort.records}
-    done = {line["done"]: line["version"] for line in read_ledger(ledger_path(output)) if line.get("done") in wanted}
-    there = {scan for scan in done if all(committed_path(output, kind, scan).is_file() for kind in KINDS)}
+    done = {line["done"]: line["version"] for line in read_ledger(output) if line.get("done") in wanted}
+    there = committed(output) & done.keys()
     # A folder labelled directly knows sizes and dates in place of digests; then the grids alone are compared.
     changed = {scan for scan in there if len(done[scan]) == 16 and done[scan] != versions[scan]}
     scans = tuple(sorted(there - changed))
@@ -68,7 +70,7 @@ def open_pseudo_labels(
     """
     if not scans or config.data.pseudo_labels is None:
         return None
-    output = Path(config.data.pseudo_labels)
+    output = as_place(config.data.pseudo_labels, key="data.pseudo_labels")
     made_by = read_identity(output)["model"]
     if made_by != model:
         rule = "the model whose labels this run began with"

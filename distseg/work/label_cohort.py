@@ -3,7 +3,7 @@
     OUT/masks/ID.nii.gz     the scan's native grid, uint8
     OUT/trust/ID.nii.gz     uint8 = 64 x code + confidence 0..63; codes in inference/label_scan.py
     OUT/scans.csv  review.html  next_to_label.csv    see label_review.py
-    OUT/ledger.jsonl  owner.json  .staging/          see ledger.py and owner.py
+    OUT/ledger.jsonl  owner.json  .staging/          see ledger.py and owner.py; behind a URL, url_ledger.py
     OUT/dicom.salt          of a DICOM folder: the key that its scans' ids are hashed with
 
 The same command again goes on where it stands, whatever killed it. A scan that fails is tried again after the others,
@@ -13,6 +13,7 @@ then set aside with its reason; the next call tries it anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from distseg.config.verbs import LabelSectionConfig
+from distseg.data.carry import OWNER, patiently
+from distseg.data.place import is_url, reachable
 from distseg.inference.label_scan import LabelRule
 from distseg.inference.model import Model
 from distseg.inference.whole_scan import cached_model, model_fingerprint
@@ -31,6 +34,8 @@ from distseg.work.label_task import Labelled, Labeller, LabelTask, label_one, ru
 from distseg.work.ledger import Ledger
 from distseg.work.owner import Owner, owning
 from distseg.work.predict import progress_bar
+from distseg.work.url_ledger import open_ledger
+from distseg.work.url_owner import owning_folder
 
 SALT = "dicom"
 
@@ -59,12 +64,12 @@ def label_cohort(
     `output` was made otherwise. Failed scans are in the report."""
     fingerprint = model_fingerprint(run)
     model, _ = cached_model(run, fingerprint)
-    folder = Path(output)
+    folder = reachable(output, key="output")
     sources = find_sources(cohort, only=settings.only, salt=lambda: cohort_salt(folder / SALT))
     rule = rule_of(settings, model.info)
     _say_how(model, sources)
-    with owning(folder / "owner.json", what="output", name=folder) as owner:
-        ledger = Ledger(folder, _identity(fingerprint, model, rule, overlap=settings.overlap))
+    with _owning(folder) as owner:
+        ledger = open_ledger(folder, _identity(fingerprint, model, rule, overlap=settings.overlap))
         try:
             report = LabelReport(output, set_aside=list(sources.failures))
             todo = [scan for scan in sources.scans if ledger.versions.get(scan.scan_id) != scan.version]
@@ -87,6 +92,12 @@ def label_cohort(
     return report
 
 
+def _owning(output: Path) -> AbstractContextManager[Owner]:
+    if is_url(output):
+        return owning_folder(str(output), what="output", key="output")
+    return owning(output / OWNER, what="output", name=output)
+
+
 def _label(
     todo: Sequence[ScanSource],
     task: Callable[[ScanSource], LabelTask],
@@ -105,7 +116,7 @@ def _label(
         for attempt in range(1, attempts + 1):
             failed: dict[str, str] = {}
             for outcome in executor.map(labeller, _tasks(todo, task), key=_scan_id):
-                owner.check()
+                patiently(owner.check, where=report.output)
                 if outcome.value is not None:
                     made: Labelled = outcome.value
                     ledger.commit(made.scan_id, made.version, made.facts)
@@ -130,8 +141,7 @@ def _task_maker(
     run: str, fingerprint: str, ledger: Ledger, rule: LabelRule, overlap: float, executor: Executor
 ) -> Callable[[ScanSource], LabelTask]:
     threads = max(1, available_cores() // executor.workers)
-    staging = str(ledger.staging)
-    return lambda scan: LabelTask(run, fingerprint, scan, staging, rule, overlap, threads)
+    return lambda scan: LabelTask(run, fingerprint, scan, ledger.staging, rule, overlap, threads)
 
 
 def _scan_id(task: LabelTask) -> str:

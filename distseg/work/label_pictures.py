@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from distseg.data.label_output import CODE_STEP, committed_path
+from distseg.data.carry import local_copy
+from distseg.data.label_output import CODE_STEP, KINDS, committed_path
 from distseg.data.nifti import read_nifti
+from distseg.data.place import as_place
 from distseg.evaluation.figures import grey_window, png_bytes, scan_figure
 from distseg.evaluation.page import Picture
 from distseg.work.executor import Executor
@@ -55,16 +58,19 @@ def _caption(row: Mapping[str, Any]) -> str:
 def _draw(task: _PictureTask) -> bytes:
     """Runs in a worker."""
     scan = open_scan(task.source)
-    scan_id, output = task.source.scan_id, Path(task.output)
-    mask = read_nifti(committed_path(output, "masks", scan_id)).array
-    doubt = (read_nifti(committed_path(output, "trust", scan_id)).array >= CODE_STEP).astype(np.uint8)
+    mask, trust = (_volume(task, kind) for kind in KINDS)
     planes = native_planes(
         scan.image,
         stored_spacing_mm=scan.geometry.spacing_mm,
         native_spacing_mm=scan.native.geometry.spacing_mm,
         fill=scan.intensity.minimum,
-        first=doubt,
+        first=(trust >= CODE_STEP).astype(np.uint8),
         second=mask,
     )
     window = grey_window(np.concatenate([plane.image.ravel() for plane in planes]), scan.modality)
     return png_bytes(scan_figure(planes, window=window, names=OUTLINED))
+
+
+def _volume(task: _PictureTask, kind: str) -> npt.NDArray[Any]:
+    with local_copy(committed_path(as_place(task.output), kind, task.source.scan_id)) as file:
+        return read_nifti(file).array

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from distseg.config.verbs import LabelSectionConfig
+from distseg.data.carry import write_file
 from distseg.data.keys import Purpose, generator
-from distseg.data.label_output import ledger_path, read_ledger
-from distseg.data.place import write_text
+from distseg.data.label_output import read_ledger
+from distseg.data.place import is_url, write_text
 from distseg.evaluation.distrust import expected_error, next_to_label, random_with_foreground, volume_deviation
 from distseg.evaluation.review_page import ReviewContent, render_review
 from distseg.inference.model import Model
@@ -62,14 +63,14 @@ def write_review(
         return
     reference, note = reference_of(run, sources.cohort, model.class_names)
     rows, order = rank(facts, reference, model.class_names)
-    write_text(output / "scans.csv", _csv(rows, header=tuple(rows[0])))
+    _write(output / "scans.csv", _csv(rows, header=tuple(rows[0])))
     by_id = {scan.scan_id: scan for scan in sources.scans}
     score = np.empty(len(order))
     score[order] = [row["expected_error"] for row in rows]
     open_to_label = np.asarray([not by_id[scan].labelled for scan in facts.scan_ids])
     next_ids = _next_ids(facts, score, np.flatnonzero(open_to_label), settings)
     lines = [{"rank": i + 1, "by": by, "scan_id": scan} for by, ids in next_ids.items() for i, scan in enumerate(ids)]
-    write_text(output / "next_to_label.csv", _csv(lines, header=("rank", "by", "scan_id")))
+    _write(output / "next_to_label.csv", _csv(lines, header=("rank", "by", "scan_id")))
     shown = rows[: settings.review_scans]
     content = ReviewContent(
         run_name=Path(run).resolve().name,
@@ -81,13 +82,20 @@ def write_review(
         set_aside=set_aside,
         notes=[note] if note else [],
     )
-    write_text(output / "review.html", render_review(content))
+    _write(output / "review.html", render_review(content))
+
+
+def _write(file: Path, text: str) -> None:
+    if is_url(file):
+        write_file(file, text.encode())
+    else:
+        write_text(file, text)
 
 
 def read_facts(output: Path, wanted: set[str]) -> Facts:
     """The last line of each wanted scan that is done, in the order of their ids."""
     found: dict[str, tuple[tuple[float, ...], tuple[list[float], list[int], list[float]]]] = {}
-    for line in read_ledger(ledger_path(output)):
+    for line in read_ledger(output):
         scan_id = line.get("done")
         if scan_id in wanted:
             found[scan_id] = _numbers(line), _lists(line)

@@ -5,13 +5,15 @@ In one process one scan at a time uses the network; the next is read and the one
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,12 +26,14 @@ import numpy.typing as npt
 import torch
 
 from distseg.config.verbs import LabelRuleConfig
-from distseg.data.label_output import CODE_STEP, KINDS
+from distseg.data.carry import put_files
+from distseg.data.label_output import KINDS, NO_LABEL, SUFFIX
 from distseg.data.nifti import write_nifti
+from distseg.data.place import as_place, is_url
 from distseg.data.plane_spool import PlaneSpool
 from distseg.data.volume import NativeGrid
 from distseg.inference.islands import remove_islands
-from distseg.inference.label_scan import Code, Grids, LabelRule, Plane, label_scan
+from distseg.inference.label_scan import Grids, LabelRule, Plane, label_scan
 from distseg.inference.model import Model, ModelInfo
 from distseg.inference.scan_facts import ScanFacts
 from distseg.inference.teacher_passes import PassSettings
@@ -80,14 +84,27 @@ def rule_of(config: LabelRuleConfig, info: ModelInfo) -> LabelRule:
     return LabelRule(passes, threshold, config.quantile, config.min_similarity, config.seed, whole)
 
 
+@contextlib.contextmanager
+def _staging_folder(staging: str) -> Iterator[Path]:
+    """Where a worker leaves a scan's files for the driver to commit; behind a URL they go there once both are whole,
+    and wait for their line."""
+    if not is_url(staging):
+        yield Path(staging)
+        return
+    with tempfile.TemporaryDirectory(prefix="distseg-label-") as folder:
+        yield Path(folder)
+        files = [str(file.relative_to(folder)) for file in Path(folder).rglob(f"*{SUFFIX}")]
+        put_files(Path(folder), as_place(staging, key="output"), sorted(files))
+
+
 def label_one(task: LabelTask) -> Labelled:
     """Runs in a worker."""
     begun = time.perf_counter()
     use_threads(task.threads)
     scan = open_scan(task.source)
     model, device = cached_model(task.run, task.fingerprint)
-    staging = Path(task.staging)
     with ExitStack() as stack:
+        staging = stack.enter_context(_staging_folder(task.staging))
         spools = {kind: stack.enter_context(PlaneSpool(staging)) for kind in KINDS}
         with _NETWORK:
             waited = time.perf_counter()
@@ -95,7 +112,7 @@ def label_one(task: LabelTask) -> Labelled:
                 model, scan, scan_id=task.scan_id, rule=task.rule, overlap=task.overlap, device=device, spools=spools
             )
             network_s = time.perf_counter() - waited
-        written = _write(spools, task, scan.native, num_classes=len(model.class_names))
+        written = _write(spools, staging, task, scan.native, num_classes=len(model.class_names))
     more = {
         **written,
         "native_voxels": math.prod(scan.native.shape),
@@ -107,39 +124,41 @@ def label_one(task: LabelTask) -> Labelled:
 
 
 def _write(
-    spools: dict[str, PlaneSpool], task: LabelTask, native: NativeGrid, *, num_classes: int
+    spools: dict[str, PlaneSpool], staging: Path, task: LabelTask, native: NativeGrid, *, num_classes: int
 ) -> dict[str, int | list[int]]:
     """Stage both files, one volume in memory at a time. Returns the voxels of the mask's foreground classes, and how
     many were islands."""
     masks, trusts = (spools[kind] for kind in KINDS)
-    with PlaneSpool(task.staging) as islands:
-        voxels, removed = _write_mask(masks, task, native, islands, num_classes=num_classes)
-        _write_trust(trusts, task, native, islands if removed else None)
+    with PlaneSpool(staging) as islands:
+        volume = masks.read(native)
+        removed = without_islands(volume, native, task.rule, into=islands)
+        voxels = _count(volume, native, num_classes=num_classes)
+        _stage(volume, staged_path(staging, "masks", task.scan_id), native)
+        del volume
+        volume = trusts.read(native)
+        if removed:
+            _mark(volume, native, islands)
+        _stage(volume, staged_path(staging, "trust", task.scan_id), native)
     return {"mask_voxels": voxels, "removed_voxels": removed}
 
 
-def _write_mask(
-    masks: PlaneSpool, task: LabelTask, native: NativeGrid, islands: PlaneSpool, *, num_classes: int
-) -> tuple[list[int], int]:
-    volume = masks.read(native)
-    removed = without_islands(volume, native, task.rule, into=islands)
+def _count(mask: npt.NDArray[np.uint8], native: NativeGrid, *, num_classes: int) -> list[int]:
+    """Voxels of each foreground class."""
     voxels = np.zeros(num_classes, np.int64)
-    for plane in native.canonical_view(volume):  # of the whole volume bincount would make an int64 copy
+    for plane in native.canonical_view(mask):  # of the whole volume bincount would make an int64 copy
         voxels += np.bincount(plane.ravel(), minlength=num_classes)
-    _stage(volume, "masks", task, native)
-    return voxels[1:].tolist(), removed
+    counts: list[int] = voxels[1:].tolist()
+    return counts
 
 
-def _write_trust(trusts: PlaneSpool, task: LabelTask, native: NativeGrid, islands: PlaneSpool | None) -> None:
-    volume = trusts.read(native)
-    view = native.canonical_view(volume)
-    for plane, island in zip(view, islands.planes(view.shape[1:]), strict=True) if islands else ():
-        plane[island > 0] = int(Code.REJECTED) * CODE_STEP
-    _stage(volume, "trust", task, native)
+def _mark(trust: npt.NDArray[np.uint8], native: NativeGrid, islands: PlaneSpool) -> None:
+    """Removed voxels have no label, in place."""
+    view = native.canonical_view(trust)
+    for plane, island in zip(view, islands.planes(view.shape[1:]), strict=True):
+        plane[island > 0] = NO_LABEL
 
 
-def _stage(volume: npt.NDArray[np.uint8], kind: str, task: LabelTask, native: NativeGrid) -> None:
-    file = staged_path(Path(task.staging), kind, task.scan_id)
+def _stage(volume: npt.NDArray[np.uint8], file: Path, native: NativeGrid) -> None:
     write_nifti(file, volume, native)
     _to_disk(file)
 

@@ -10,6 +10,8 @@ A worker leaves both files of a scan, whole, under the staging folder. The drive
 the files into place. The line is the commit: a driver killed after it is rolled forward by the next one, which renames
 what still waits; a scan without a line is labelled again. So no committed scan is done twice, and a mask in OUT/masks
 is whole and has its line. Losing power may cost the lines of the last second; their scans are labelled again.
+
+url_ledger.py keeps one behind a URL.
 """
 
 from __future__ import annotations
@@ -24,7 +26,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distseg.data.label_output import FORMAT, KINDS, SUFFIX, committed_path, ledger_path, read_identity, read_ledger
+from distseg.data.label_output import (
+    FORMAT,
+    KINDS,
+    SUFFIX,
+    committed,
+    committed_path,
+    ledger_path,
+    pieces,
+    read_identity,
+    read_ledger,
+)
 from distseg.errors import RunMismatchError
 
 FSYNC_EVERY_S = 1.0
@@ -32,7 +44,7 @@ _CHUNK_NBYTES = 1 << 16
 
 
 class Ledger:
-    """Opened for writing by the one driver that owns OUT. `staging` is this driver's folder for its workers.
+    """Opened for writing by the one driver that owns OUT. `staging` is where its workers leave a scan's files.
 
     `versions`: id -> version of the image, of every scan that is done and whose files are there.
     """
@@ -43,12 +55,14 @@ class Ledger:
         for kind in KINDS:
             (output / kind).mkdir(parents=True, exist_ok=True)
         cut_torn_line(self._file_name)
-        new = not self._file_name.exists() or self._file_name.stat().st_size == 0
+        begun = self._file_name.exists() and self._file_name.stat().st_size > 0
+        new = not begun and not pieces(output)
         if not new:
-            _check_identity(self._file_name, identity)
+            check_identity(output, identity)
         self.versions = self._recovered()
-        self.staging = output / ".staging" / uuid.uuid4().hex[:12]
-        self.staging.mkdir(parents=True)
+        self._staging = output / ".staging" / uuid.uuid4().hex[:12]
+        self._staging.mkdir(parents=True)
+        self.staging = str(self._staging)
         self._file = open(self._file_name, "ab")  # noqa: SIM115  # closed by close()
         self._synced = time.monotonic()
         if new:
@@ -61,10 +75,10 @@ class Ledger:
 
     def commit(self, scan_id: str, version: str, facts: Mapping[str, Any]) -> None:
         """Make a scan done whose files wait in `staging`."""
-        line = {"done": scan_id, "version": version, "staged": self.staging.name, **facts}
+        line = {"done": scan_id, "version": version, "staged": self._staging.name, **facts}
         self._append(line)
         for kind in KINDS:
-            os.replace(staged_path(self.staging, kind, scan_id), committed_path(self._output, kind, scan_id))
+            os.replace(staged_path(self._staging, kind, scan_id), committed_path(self._output, kind, scan_id))
 
     def fail(self, scan_id: str, *, attempt: int, why: str) -> None:
         self._append({"failed": scan_id, "attempt": attempt, "why": why})
@@ -76,7 +90,7 @@ class Ledger:
         finally:
             with contextlib.suppress(OSError):  # on a full disk, what the flush has told already
                 self._file.close()
-            shutil.rmtree(self.staging.parent, ignore_errors=True)
+            shutil.rmtree(self._staging.parent, ignore_errors=True)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         """Out of this process at once, so that killing it loses nothing; on the disk within a second."""
@@ -91,7 +105,7 @@ class Ledger:
         done: dict[str, str] = {}
         staged_by: dict[str, str] = {}
         waiting = self._waiting()
-        for line in read_ledger(self._file_name):
+        for line in read_ledger(self._output):
             if "done" in line:
                 done[line["done"]] = line["version"]
                 if line["done"] in waiting:
@@ -102,10 +116,8 @@ class Ledger:
                 if staged.exists():
                     os.replace(staged, committed_path(self._output, kind, scan_id))
         shutil.rmtree(self._output / ".staging", ignore_errors=True)
-        for kind in KINDS:
-            there = {entry.name for entry in os.scandir(self._output / kind)}
-            done = {scan_id: version for scan_id, version in done.items() if scan_id + SUFFIX in there}
-        return done
+        there = committed(self._output)
+        return {scan_id: version for scan_id, version in done.items() if scan_id in there}
 
     def _waiting(self) -> set[str]:
         """Ids of scans of which a killed driver left a finished file."""
@@ -117,14 +129,15 @@ def staged_path(staging: Path, kind: str, scan_id: str) -> Path:
     return staging / kind / (scan_id + SUFFIX)
 
 
-def _check_identity(file: Path, identity: Mapping[str, Any]) -> None:
-    old, new = read_identity(file.parent), dict(identity)
+def check_identity(output: Path, identity: Mapping[str, Any]) -> None:
+    """Raises RunMismatchError, with the difference, where OUT holds what another identity made."""
+    old, new = read_identity(output), dict(identity)
     changed = sorted(key for key in old | new if old.get(key) != new.get(key))
     differences = [f"{key}: {old.get(key)} there, {new.get(key)} asked" for key in changed]
     if differences:
         raise RunMismatchError(
             "this output was labelled otherwise",
-            where=file.parent,
+            where=output,
             value="; ".join(differences[:3]),
             fix="take another output= directory, or repeat the command it was made with",
         )

@@ -78,15 +78,23 @@ def owning_run(run: str) -> Iterator[str | None]:
     if not is_url(run):
         yield None
         return
-    lock = reachable(run, key="run") / OWNER
+    with owning_folder(run, what="run", key="run") as owner:
+        yield owner.token
+
+
+@contextlib.contextmanager
+def owning_folder(url: str, *, what: str, key: str) -> Iterator[UrlOwner]:
+    """Hold a folder behind a URL by the OWNER in it. Raises InputError, which names `key`, while another process does,
+    or where its storage does not answer."""
+    lock = reachable(url, key=key) / OWNER
     with contextlib.ExitStack() as held:
         try:
-            owner = held.enter_context(owning_url(lock, what="run", name=run))
+            owner = held.enter_context(owning_url(lock, what=what, name=url))
         except OSError as error:  # no such bucket, or none that we may write to
             why = f"{type(error).__name__}: {error}"[:300]
             fix = "check the URL, the keys and the endpoint in the environment"
-            raise InputError("cannot write there", where="run", value=run, rule=why, fix=fix) from error
-        yield owner.token
+            raise InputError("cannot write there", where=key, value=url, rule=why, fix=fix) from error
+        yield owner
 
 
 def _take(lock: Path, me: dict[str, Any], what: str, name: object) -> None:

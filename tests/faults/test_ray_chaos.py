@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from distseg.data.label_output import ledger_path, read_ledger
+from distseg.data.label_output import read_ledger
 from tests.faults.killing import TINY, Forked, command, gone, kin, rows, started, steps_done, until
 from tests.ray.test_ray_train import processes, weights
 from tests.unit.tiny_cohort import AFFINE, make_cohort, scan_arrays
@@ -103,7 +103,7 @@ def test_an_actor_out_of_memory_sets_aside_what_it_cannot_hold(tmp_path: Path) -
     assert re.search(r"z_large.*memory; use fewer resources\.workers", " ".join(said.split()))
     masks = {file.name: file.read_bytes() for file in (output / "masks").iterdir()}
     assert masks == {file.name: file.read_bytes() for file in (tmp_path / "one" / "masks").iterdir()}
-    failures = [line for line in read_ledger(ledger_path(output)) if "failed" in line]
+    failures = [line for line in read_ledger(output) if "failed" in line]
     assert {line["failed"] for line in failures} == {"z_large"}
-    done = [line["done"] for line in read_ledger(ledger_path(output)) if "done" in line]
+    done = [line["done"] for line in read_ledger(output) if "done" in line]
     assert sorted(done) == [f"phantom_{number}" for number in range(8)]  # each once

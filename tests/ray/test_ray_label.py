@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from distseg.data.label_output import KINDS, ledger_path, read_ledger
+from distseg.data.label_output import KINDS, read_ledger
 from distseg.distributed.actor_pool import ActorPool
 from tests.unit import tiny_cohort
 from tests.unit.test_label_cohort import ALL, contents, label
@@ -143,7 +143,7 @@ def test_killed_actors_and_a_killed_driver_leave_what_no_kill_leaves(
     assert again.returncode == 0
     assert committed.items() <= masks().items()
     assert contents(output) == contents(tmp_path / "undisturbed")
-    lines = [line for line in read_ledger(ledger_path(output)) if "done" in line]
+    lines = [line for line in read_ledger(output) if "done" in line]
     assert sorted(line["done"] for line in lines) == ALL
-    assert not [line for line in read_ledger(ledger_path(output)) if "failed" in line]
+    assert not [line for line in read_ledger(output) if "failed" in line]
     assert all(len(list((output / kind).iterdir())) == len(ALL) for kind in KINDS)

@@ -20,7 +20,7 @@ from distseg.config.compose import train_config, tune_config
 from distseg.config.presets import METHODS, PRESETS
 from distseg.config.verbs import PredictConfig
 from distseg.doors import VERBS, Verb, literal_override, nearest_key
-from distseg.errors import ConfigError, DataError, FinishedWithFailures
+from distseg.errors import DataError, FinishedWithFailures
 
 
 @pytest.fixture
@@ -162,9 +162,8 @@ def test_api_makes_paths_absolute_and_refuses_urls_where_none_may_be(
     assert seen[0].train.init_from == str(tmp_path / "w${x}")
     api.train(cohort="s3://bucket/c.zarr", run="s3://bucket/r", overrides={"launcher": "local"})
     assert (seen[1].cohort, seen[1].run) == ("s3://bucket/c.zarr", "s3://bucket/r")
-    with pytest.raises(ConfigError, match=r"pseudo_labels: not a local path \(got s3://bucket/p\)"):
-        api.train(cohort="c.zarr", run="r", overrides={"data.pseudo_labels": "s3://bucket/p"})
-    assert len(seen) == 2
+    api.train(cohort="c.zarr", run="r", overrides={"launcher": "local", "data.pseudo_labels": "s3://bucket/p"})
+    assert seen[2].data.pseudo_labels == "s3://bucket/p"
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

@@ -332,7 +332,7 @@ def test_urls_that_cannot_be_read(tmp_path: Path, in_memory: str, monkeypatch: p
     with pytest.raises(ConfigError, match=told):
         distseg.tune(cohort=str(tmp_path), run="s3://b/run", space="thresholds")
     with pytest.raises(ConfigError, match=r"output: not a local path \(got s3://b/masks\)"):
-        distseg.label(run="s3://b/run", cohort=str(tmp_path), output="s3://b/masks")
+        distseg.predict(run="s3://b/run", input=str(tmp_path), output="s3://b/masks")
     monkeypatch.setitem(sys.modules, "upath", None)
     with pytest.raises(InputError, match=r"URL that cannot be read here.*pip install 'distseg\[remote\]'"):
         Cohort.open(in_memory)

@@ -111,7 +111,7 @@ def test_what_is_written(undisturbed: Path, cohort_path: str) -> None:
     errors = [float(row["expected_error"]) for row in rows]
     assert errors == sorted(errors, reverse=True)
     assert [int(row["rank"]) for row in rows] == list(range(1, 10))
-    facts = {line["done"]: line for line in read_ledger(ledger_path(undisturbed)) if "done" in line}
+    facts = {line["done"]: line for line in read_ledger(undisturbed) if "done" in line}
     for row in rows:
         mask = read_nifti(undisturbed / "masks" / f"{row['scan_id']}.nii.gz").array
         for value, name in ((1, "hip"), (2, "femur")):
@@ -206,7 +206,7 @@ def test_a_failing_scan_is_tried_again_then_set_aside(run: str, cohort_path: str
     report = label(run, cohort_path, tmp_path / "o", labeller=fails)
     assert (report.labelled, report.set_aside) == (8, [("u", "u: disk went away")])
     assert fails.calls == [*ALL, "b", "u"]  # after the others
-    failed = [line for line in read_ledger(ledger_path(tmp_path / "o")) if "failed" in line]
+    failed = [line for line in read_ledger(tmp_path / "o") if "failed" in line]
     assert [(line["failed"], line["attempt"]) for line in failed] == [("b", 1), ("u", 1), ("u", 2)]
     assert "1 scan has no mask" in (tmp_path / "o/review.html").read_text()
     again = label(run, cohort_path, tmp_path / "o")
@@ -261,7 +261,7 @@ def test_killed_inside_a_commit(
     monkeypatch.undo()
     with open(ledger_path(output), "ab") as file:
         file.write(b'{"done":"torn')
-    committed = [line["done"] for line in list(read_ledger(ledger_path(output))) if "done" in line]
+    committed = [line["done"] for line in list(read_ledger(output)) if "done" in line]
     assert len(committed) == 4 + replaces // 2
     calls = Fails({})
     report = label(run, cohort_path, output, labeller=calls)
@@ -299,7 +299,7 @@ def test_three_kills_leave_what_no_kill_leaves(undisturbed: Path, run: str, coho
     assert committed.items() <= {f.name: f.stat().st_ino for f in (output / "masks").iterdir()}.items()
     assert contents(output) == contents(undisturbed)
     assert reviewed(output) == reviewed(undisturbed)
-    lines = [line["done"] for line in read_ledger(ledger_path(output)) if "done" in line]
+    lines = [line["done"] for line in read_ledger(output) if "done" in line]
     assert sorted(lines) == ALL
 
 

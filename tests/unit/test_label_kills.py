@@ -16,7 +16,7 @@ import nibabel as nib
 import pytest
 
 from distseg.config.verbs import LabelSectionConfig
-from distseg.data.label_output import ledger_path, read_ledger
+from distseg.data.label_output import read_ledger
 from distseg.work.executor import LocalExecutor
 from distseg.work.label_cohort import label_cohort
 from distseg.work.ledger import Ledger
@@ -100,7 +100,7 @@ def test_twenty_kills_leave_what_no_kill_leaves(tmp_path: Path) -> None:
     assert contents(output) == contents(tmp_path / "undisturbed")
     assert reviewed(output) == reviewed(tmp_path / "undisturbed")
     assert len(masks(output)) == SCANS
-    lines = [line["done"] for line in read_ledger(ledger_path(output)) if "done" in line]
+    lines = [line["done"] for line in read_ledger(output) if "done" in line]
     assert len(lines) == len(set(lines)) == SCANS
-    assert not [line for line in read_ledger(ledger_path(output)) if "failed" in line]
+    assert not [line for line in read_ledger(output) if "failed" in line]
     assert sorted(f.name for f in output.iterdir()) == sorted(f.name for f in (tmp_path / "undisturbed").iterdir())

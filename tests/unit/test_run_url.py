@@ -237,7 +237,7 @@ def test_a_store_that_is_away(
         train_local(settings, claim=owning_run)
     said = str(told.value)
     assert re.match(rf"{URL}\S*: storage does not answer \(got .*StoreAwayError: nobody answers", said)
-    assert "the same command goes on from the last checkpoint there" in said
+    assert "the same command goes on from what is there" in said
     assert "\n" not in said
     assert told.value.exit_code == 2
     reached = run_directory(URL).newest_step()
