@@ -1,10 +1,10 @@
 """A run behind a URL: worked on in a folder of each machine that trains it, and carried there at each checkpoint.
 
-What lies behind the URL is the run; the folder here is a cache of it (DISTSEG_CACHE, else ~/.cache/distseg) that may
-go at any time. A start takes what the URL has and forgets what did not get there, so that all machines go on from the
-same step and a run whose machine is gone is the undisturbed run all the same. A checkpoint is there with its
-state.json, which comes last: after its files, the metrics up to it, and the versions of the bank and of doubt that its
-next step asks for. Only the newest are kept, and what goes, goes after.
+What lies behind the URL is the run; the folder here is a cache of it (DISTSEG_CACHE, else ~/.cache/distseg) that may go
+at any time, and does once nothing has trained in it for `KEPT_DAYS`. A start takes what the URL has and forgets what
+did not get there, so that all machines go on from the same step and a run whose machine is gone is the undisturbed run
+all the same. A checkpoint is there with its state.json, which comes last: after its files, the metrics up to it, and
+the versions of the bank and of doubt that its next step asks for. Only the newest are kept, and what goes, goes after.
 
 URL/   as training/run.py draws it, without ray/, profile/ and pseudo/
   owner.json   whose run it is while it trains, see work/url_owner.py
@@ -20,6 +20,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,8 +44,10 @@ from distseg.training.checkpoint import list_checkpoints, load_checkpoint
 from distseg.training.run import RunDirectory
 
 _MARKER = "state.json"
+_RUNS = "runs"
 _NAME = re.compile(r"step_\d{7,12}")
 _SMALL = ("metrics.jsonl", "trackers.json")
+KEPT_DAYS = 30
 
 
 def run_directory(run: str, claim: str | None = None) -> RunDirectory:
@@ -73,7 +76,7 @@ def working_folder(url: str) -> Path:
     cache = os.environ.get("DISTSEG_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "distseg"
     # With the host's name, as homes are often shared: each machine has what it fetched itself.
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{socket.gethostname()}"
-    return Path(cache).expanduser().absolute() / "runs" / name
+    return Path(cache).expanduser().absolute() / _RUNS / name
 
 
 class RemoteRun(RunDirectory):
@@ -103,6 +106,7 @@ class RemoteRun(RunDirectory):
             self._fetch_small()
 
     def fetch(self, *, every_checkpoint: bool) -> None:
+        _forget_old(self.path)
         with alone(self.path):
             self._fetch_config()
             self._fetch_small()
@@ -218,6 +222,24 @@ class RemoteRun(RunDirectory):
         state = {str(f.relative_to(self.path)): (f.stat().st_size, f.stat().st_mtime_ns) for f in files}
         put_files(self.path, self._place, [name for name in state if state[name] != self._carried.get(name)])
         self._carried = state
+
+
+def _forget_old(mine: Path) -> None:
+    """Remove the folders beside `mine` that nobody needs."""
+    for folder in mine.parent.glob("[!.]*") if mine.parent.name == _RUNS else ():
+        if folder != mine and _idle_s(folder) > KEPT_DAYS * 86400:
+            with alone(folder):
+                if _idle_s(folder) > KEPT_DAYS * 86400:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _idle_s(folder: Path) -> float:
+    """Since it was last trained in, or made; 0 for one that has just gone."""
+    times = []
+    for path in (folder, folder / "metrics.jsonl"):
+        with contextlib.suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return time.time() - max(times) if times else 0.0
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,18 @@ def test_killed_at_any_write_it_ends_as_the_undisturbed(
     assert 3 <= deaths < 40
     train_local(settings, claim=owning_run)
     check(URL, undisturbed, tmp_path)
+
+
+def test_folders_of_runs_long_gone_make_room(cohort_path: str) -> None:
+    runs = working_folder(URL).parent
+    long_ago = time.time() - (remote_run.KEPT_DAYS + 1) * 86400
+    for name in ("old", "training", "new"):
+        (runs / name / "checkpoints").mkdir(parents=True)
+        (runs / name / "metrics.jsonl").touch()
+        os.utime(runs / name / "metrics.jsonl", (long_ago, long_ago) if name == "old" else None)
+        os.utime(runs / name, None if name == "new" else (long_ago, long_ago))
+    train_local(at(cohort_path, train__steps=2))
+    assert sorted(path.name for path in runs.glob("[!.]*")) == sorted(["new", "training", working_folder(URL).name])
 
 
 def test_machines_need_no_file_system_in_common(
