@@ -192,11 +192,25 @@ def test_they_train(run: str, cohort_path: str, undisturbed: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_on_s3(run: str, cohort_path: str, undisturbed: Path, tmp_path: Path, s3_bucket: str, workers: int) -> None:
-    """By a real S3 server; two processes need no file system in common. Then a round that finds nothing to do."""
-    url = f"{s3_bucket}/labels{workers}"
-    settings = LabelConfig(run=run, cohort=cohort_path, output=url, label=SETTINGS, launcher="local")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("launcher", "workers"), [("local", 1), ("local", 2), pytest.param("ray", 2, marks=pytest.mark.ray)]
+)
+def test_on_s3(
+    run: str,
+    cohort_path: str,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    s3_bucket: str,
+    launcher: str,
+    workers: int,
+) -> None:
+    """By a real S3 server; two processes, or actors, need no file system in common. Then a round that finds nothing to
+    do."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    url = f"{s3_bucket}/labels-{launcher}-{workers}"
+    settings = LabelConfig(run=run, cohort=cohort_path, output=url, label=SETTINGS, launcher=launcher)
     settings.resources.workers, settings.logging.progress = workers, False
     for labelled in (9, 0):
         report = api.label_from_config(settings)
