@@ -25,7 +25,7 @@ from distseg.work.executor import LocalExecutor
 from distseg.work.ingest import ingest_cohort
 from tests.bench.volumes import write_nnunet_source
 
-BIG, SMALL, SMALL_SCANS = (1200, 512, 512), (160, 256, 256), 12  # Z Y X
+BIG, SMALL, SMALL_SCANS = (1200, 512, 512), (160, 256, 256), 48  # Z Y X
 
 _CONVERT = """
 import json, resource, sys, time
