@@ -14,7 +14,8 @@ is timed in turns. Keys:
                                  filter
   label.plain_over_ours_cpu      the same in CPU time
   label.plain_voxels_per_s       of the script
-  label.same_as_plain            share of voxels of up to 5 scans with the same label; passes draw other dropout and noise
+  label.same_as_plain            share of the voxels of up to 5 scans with the same label; passes draw other dropout
+                                 and noise
   label.same_as_plain_quiet      the same with dropout and noise of 0 in both: what differs is Gaussian weights near a
                                  window's corner, and float32 sums in another order
   label.foreground_dice_quiet    of those masks, all foreground as one: most voxels are air, which nobody gets wrong
