@@ -60,6 +60,9 @@ def _inputs(source: Path, output: Path, format: str) -> tuple[list[Input], list[
     if not source.is_dir():
         raise InputError("no such file or folder", where="input", value=source)
     images = sorted(path for path in source.iterdir() if is_nifti(path) and path.is_file() and path.name[0] != ".")
+    if output == source or (any_dicom(source) and output.is_relative_to(source)):
+        rule = "the next call would take masks there for images, or for labels of the series"
+        raise InputError("among the images", where="output", value=output, rule=rule, fix="choose one beside them")
     if any_dicom(source):
         if images:
             rule = "a folder of NIfTI or of DICOM"

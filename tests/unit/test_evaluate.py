@@ -313,8 +313,9 @@ def test_the_same_call_goes_on_and_another_model_is_refused(run: str, tmp_path: 
     (Path(run) / "model" / "model.json").write_text('{"step": 2}')
     with pytest.raises(InputError, match=r"a\.nii\.gz.*differs in model;"):
         predict(run, source, out)
+    save(tmp_path / "theirs/a.nii.gz", scan_arrays(0)[1])
     with pytest.raises(InputError, match=r"a\.nii\.gz.*does not say what made it"):
-        predict(run, source, source / ".")
+        predict(run, source, tmp_path / "theirs")
 
 
 def test_a_mask_of_another_patient_with_the_same_file_name_is_refused(run: str, tmp_path: Path) -> None:

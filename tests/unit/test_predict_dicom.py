@@ -73,3 +73,16 @@ def test_inputs_that_are_refused(bone_run: str, tmp_path: Path) -> None:
     write.rtstruct(tmp_path / "labels/rt.dcm", {"hip": []}, refers_to=None)
     with pytest.raises(InputError, match="no CT or MR series in the folder"):
         predict(bone_run, tmp_path / "labels", tmp_path / "out")
+
+
+def test_masks_among_the_images_are_refused(bone_run: str, tmp_path: Path) -> None:
+    """There the next call, of any verb, would take them for images, or for labels."""
+    write.series(tmp_path / "in/one", box(0))
+    for output in (tmp_path / "in", tmp_path / "in/masks"):
+        with pytest.raises(InputError, match=r"output: among the images \(got \S+\).*choose one beside them"):
+            predict(bone_run, tmp_path / "in", output)
+    (tmp_path / "nifti").mkdir()
+    (tmp_path / "nifti/a_0000.nii.gz").touch()
+    with pytest.raises(InputError, match=r"output: among the images"):
+        predict(bone_run, tmp_path / "nifti", tmp_path / "nifti")
+    assert not (tmp_path / "in/masks").exists()
