@@ -27,7 +27,7 @@ from distseg.training.run import write_atomic
 from distseg.work.tune_sweep import DEFAULT, Sweep
 from distseg.work.tune_trials import FAILED, FINISHED, STOPPED, Trial, Trials
 
-_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_TICKS = (0.25, 0.5, 0.75)  # between the ends
 
 
 def write_report(trials: Trials, best: Trial | None) -> Path:
@@ -65,8 +65,10 @@ def found_importance(trials: Trials) -> tuple[int, list[Importance]]:
         return 0, []
     step = max(common)
     found = []
-    for key in trials.sweep.space.keys:
+    for parameter in trials.sweep.space.parameters:
+        key = parameter.key
         pairs = [(values[key], t.looks[step]) for t in compared if key in (values := trials.values_of(t))]
+        pairs = [pair for pair in pairs if pair[0] is not None or parameter.holds(None)]  # a range's default of null
         one = importance(key, [value for value, _ in pairs], [look for _, look in pairs])
         found += [one] if one is not None else []
     return step, found
@@ -196,7 +198,7 @@ def _line(trials: Trials, trial: Trial, best: Trial | None) -> TrialLine:
     return TrialLine(
         name=trial.name,
         state=trial.state,
-        places=[_place(p, values[p.key]) if p.key in values else None for p in trials.sweep.space.parameters],
+        places=[p.unit(values[p.key]) if p.key in values else None for p in trials.sweep.space.parameters],
         looks=sorted(trial.looks.items()),
         value=trials.value(trial),
         is_best=trial is best,
@@ -204,16 +206,13 @@ def _line(trials: Trials, trial: Trial, best: Trial | None) -> TrialLine:
     )
 
 
-def _place(parameter: Parameter, value: Any) -> float | None:
-    """None for a default that the space does not have."""
-    return parameter.unit(value) if parameter.holds(value) or not parameter.is_listed else None
-
-
 def _axis(parameter: Parameter) -> ValueAxis:
-    if parameter.is_listed:
-        return ValueAxis(parameter.key, [(parameter.unit(value), value_text(value)) for value in parameter.values])
-    shown = dict.fromkeys([parameter.ends()[0], *(parameter.at(place) for place in _TICKS[1:-1]), parameter.ends()[1]])
-    return ValueAxis(parameter.key, [(parameter.unit(value), value_text(value)) for value in shown])
+    shown = list(parameter.values)
+    if not parameter.is_listed:
+        low, high = parameter.ends()
+        shown = list(dict.fromkeys([low, *(parameter.at(place) for place in _TICKS), high]))
+    placed = [(parameter.unit(value), value_text(value)) for value in shown]
+    return ValueAxis(parameter.key, [(place, text) for place, text in placed if place is not None])
 
 
 def _best_so_far(trials: Trials, warmup_steps: int) -> list[tuple[int, float]]:
