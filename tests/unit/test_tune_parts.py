@@ -368,6 +368,23 @@ BANK = space_of(matching__k={"uniform": [1, 8]})
             "depends on what is not chosen",
         ),
         ({}, {}, "an empty space"),
+        (space_of(dry_run={"choice": [True, False]}), {}, "dry_run: not swept; use dry_run="),
+        (space_of(postprocess__components={"choice": ["all", "largest"]}), {}, "not swept; .*no look at validation"),
+        (
+            LISTED,
+            {"method__name": "supervised"},
+            r"^space space: method\.weight_nn, method\.weight_en: swept, and nothing depends on it; "
+            "method=supervised does not read it; take it out",
+        ),
+        (space_of(method__weight_sdf={"uniform": [0, 1]}), {}, "method=embedding_matching does not read it"),
+        (
+            space_of(method__threshold_value={"uniform": [0, 1]}),
+            {},
+            r"method\.threshold=fixed or quantile or per_class",
+        ),
+        (BANK, {"matching__kind": "prototypes"}, r"matching\.k: swept.* read with matching\.kind=index alone"),
+        (space_of(references__band_inside_mm={"uniform": [1, 9]}), {}, r"read with references\.draw=surface or"),
+        (space_of(data__pseudo_share={"uniform": [0, 1]}), {}, r"read with data\.pseudo_labels alone"),
     ],
 )
 def test_a_space_that_cannot_be_swept_so(
