@@ -1,8 +1,7 @@
-"""From a sweep's trials to RUN/trials.csv, RUN/figures and RUN/report.html; and what a sweep would take."""
+"""From a sweep's trials to RUN/trials.csv, RUN/figures and RUN/report.html."""
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,8 @@ from distseg.evaluation.tune_figures import (
 )
 from distseg.evaluation.tune_importance import Importance, importance
 from distseg.evaluation.tune_page import TunePage, render_tune_page
-from distseg.inference.model import build_network
-from distseg.methods import passes_a_slot
-from distseg.training.remote_run import readable_run
 from distseg.training.run import write_atomic
-from distseg.work.tune_sweep import DEFAULT, Sweep
+from distseg.work.tune_sweep import DEFAULT
 from distseg.work.tune_trials import FAILED, FINISHED, STOPPED, Trial, Trials
 
 _TICKS = (0.25, 0.5, 0.75)  # between the ends
@@ -229,27 +225,3 @@ def _best_so_far(trials: Trials, warmup_steps: int) -> list[tuple[int, float]]:
 
 def value_text(value: Any) -> str:
     return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-# --- beforehand ----------------------------------------------------------------------------------------------------
-
-
-def estimate(sweep: Sweep) -> list[str]:
-    """What the whole sweep would take at most, in steps, time and bytes. Time is known from a run to branch from."""
-    warmup = sweep.warmup.train.steps if sweep.warmup is not None else 0
-    total = sweep.trials * sweep.steps
-    lines = [f"{sweep.trials} trials of {sweep.steps} steps, at most {total} steps, and {warmup} of warm-up"]
-    weights = sum(p.numel() for p in build_network(sweep.base.network, num_classes=2).parameters()) * 4
-    a_trial = weights * (4 * sweep.base.checkpoint.keep + 2)  # student, teacher and Adam's two moments; the model
-    lines.append(f"on disk: about {a_trial * sweep.trials / 2**20:.0f} MiB ({a_trial / 2**20:.1f} MiB a trial)")
-    if sweep.base.train.init_from is not None and sweep.warmup is None:
-        with readable_run(sweep.base.train.init_from) as parent:
-            stored, rows = parent.stored(), parent.metrics()
-        times = [row["time_step_s"] for row in rows if row.get("time_step_s") is not None]
-        if stored is not None and times:
-            ratio = passes_a_slot(sweep.base) / passes_a_slot(stored.config)
-            hours = statistics.median(times) * ratio * total / 3600
-            lines.append(f"time: about {hours:.2f} hours of one worker, by the steps of train.init_from on its machine")
-            return lines
-    lines.append("time: not known before a step was timed; train.init_from=RUN would tell")
-    return lines

@@ -15,16 +15,19 @@ import yaml
 
 from distseg.cli import main
 from distseg.config.compose import identity, train_config
+from distseg.config.schema import NetworkConfig
 from distseg.config.spaces import Space, parse_space
 from distseg.doors import Verb
 from distseg.errors import ConfigError, DataError, FinishedWithFailures
 from distseg.evaluation.tune_importance import importance
+from distseg.inference.model import build_network
 from distseg.training.checkpoint import checkpoint_dir, load_checkpoint
 from distseg.training.local import train_local
 from distseg.training.run import RunDirectory
 from distseg.work import tune_checks
 from distseg.work.tune_best import command, overrides_of
 from distseg.work.tune_checks import prepare
+from distseg.work.tune_estimate import estimate, run_nbytes
 from distseg.work.tune_report import found_importance, write_report
 from distseg.work.tune_search import Ended, GridSearch, OptunaSearch, RandomSearch, make_search, perturbed
 from distseg.work.tune_sweep import Sweep
@@ -323,6 +326,25 @@ def test_best_yaml_and_its_command_are_the_trial(
     assert words[:3] == ["distseg", "train", "run=..."]
     assert main(words[1:]) == 0
     assert identity(caught[0]) == identity(trial)
+
+
+def test_what_a_sweep_would_leave_on_disk(cohort_path: str, tmp_path: Path) -> None:
+    """By hand: n weights four-fold a checkpoint, of which two stay and one is written; two networks a model."""
+    keys = {"method__name": "supervised", "space": RECIPE, "tune__warmup_steps": None, "network__base_filters": 8}
+    n = 4 * sum(p.numel() for p in build_network(NetworkConfig(base_filters=8, levels=2), num_classes=2).parameters())
+    plain = prepare(config(cohort_path, tmp_path / "a", **keys, tune__trials=3)).sweep
+    assert run_nbytes(plain.base) == n * (4 * 3 + 2)
+    assert f"about {n * 14 * (3 + 1) / 2**20:.0f} MiB ({n * 14 / 2**20:.1f} MiB a trial" in estimate(plain)[1]
+    assert "0 of warm-up" in estimate(plain)[0]
+    bank = {"references__patches": 4, "references__per_patch": 10, "references__every_steps": 1}
+    matching = prepare(config(cohort_path, tmp_path / "b", **bank, train__select="val")).sweep
+    small = 4 * sum(p.numel() for p in build_network(matching.base.network, num_classes=2).parameters())
+    assert run_nbytes(matching.base) == small * (4 * 4 + 2) + 2 * (2 + 2) * 4 * 10 * 4 * 4  # four versions of 40 x 4
+    assert "MiB of warm-up" in estimate(matching)[1]
+    pbt = {"launcher": "ray", "tune__scheduler": "pbt", "tune__trials": 8, "train__steps": 6, "tune__looks": 3}
+    population = prepare(config(cohort_path, tmp_path / "c", **pbt)).sweep
+    assert "up to 4 take-overs of PBT" in estimate(population)[1]  # two of eight at the first look and the second
+    assert "dry_run=true tells what a worker takes" in estimate(population)[3]
 
 
 # --- what is refused, before anything runs -------------------------------------------------------------------------
