@@ -47,10 +47,12 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     **{f"method.{name}": ("mtc",) for name in ("weight_reconstruction", "mask_gradient")},
     **{f"sampling.{name}": _UNLABELLED for name in ("unlabelled", "doubt_share", "doubt_every_steps")},
 }
-_BANK, _PROTOTYPES = {"matching.kind": ("index",)}, {"matching.kind": ("prototypes",)}
+_With = dict[str, tuple[Any, ...]]
+_BANK: _With = {"matching.kind": ("index",)}
+_PROTOTYPES: _With = {"matching.kind": ("prototypes",)}
 # Keys that count only beside these values of others; several conditions must all hold. (The references that a run with
 # prototypes leaves beside its model for `label` are a bank's whatever it trained with, and no part of its training.)
-_READ_WITH: dict[str, dict[str, tuple[Any, ...]]] = {
+_READ_WITH: dict[str, _With] = {
     "method.threshold_value": {"method.threshold": ("fixed", "quantile", "per_class")},
     **{f"sampling.{name}": {"sampling.unlabelled": ("doubt",)} for name in ("doubt_share", "doubt_every_steps")},
     "optimizer.schedule_steps": {"optimizer.schedule": ("poly",)},
