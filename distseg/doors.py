@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distseg.config.quoting import omegaconf_escaped
+from distseg.config.verbs import SHORT_KEYS
 from distseg.errors import ConfigError, InputError
 
 # Values that are paths or ids: taken as typed, never parsed as numbers, lists, sweeps or interpolations.
@@ -23,10 +24,6 @@ VERBATIM_KEYS = frozenset(
         "suite", "cells_from", "storage", "tune.space", "logging.mlflow", "logging.wandb",
     )
 )  # fmt: skip
-
-
-# Short for a key of a section. (A plain `space` would be Hydra's group of that name: conf/space is a folder.)
-SHORT_KEYS = {"space": "tune.space"}
 
 
 @dataclass(frozen=True)

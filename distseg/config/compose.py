@@ -16,7 +16,7 @@ from distseg.config.checks import one_of
 from distseg.config.presets import MATCHINGS, METHODS, ON_GPU, PRESET_METHOD, PRESETS, default_preset
 from distseg.config.quoting import omegaconf_escaped
 from distseg.config.schema import TrainRunConfig
-from distseg.config.verbs import TuneRunConfig
+from distseg.config.verbs import SHORT_KEYS, TuneRunConfig
 from distseg.errors import ConfigError
 
 Config = TypeVar("Config")
@@ -132,7 +132,8 @@ def to_typed(node: DictConfig, kind: type[Config]) -> Config:
     try:
         missing = sorted(OmegaConf.missing_keys(node))
         if missing:
-            raise ConfigError("key not given", where=missing[0], fix=f"add {missing[0]}=...")
+            shown = {key: short for short, key in SHORT_KEYS.items()}.get(missing[0], missing[0])
+            raise ConfigError("key not given", where=shown, fix=f"add {shown}=...")
         typed = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         raise ConfigError(first_line(error), where=getattr(error, "full_key", None)) from None

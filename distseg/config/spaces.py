@@ -31,6 +31,10 @@ from distseg.errors import ConfigError
 _OWNED = {
     "cohort": "cohort=", "run": "run=", "launcher": "launcher=", "resources": "resources=", "logging": "logging=",
     "checkpoint": "checkpoint=", "preset": "preset=", "method.name": "distseg benchmark, which compares methods",
+    "dry_run": "dry_run=", "postprocess": "postprocess=, which no look at validation patches sees",
+    "data.memory_gib": "data.memory_gib=", "matching.device": "matching.device=",
+    "matching.placement": "matching.placement=", "train.skips_in_a_row": "train.skips_in_a_row=",
+    "train.worker_timeout_s": "train.worker_timeout_s=",
     "train.steps": "train.steps=", "train.init_from": "train.init_from= or tune.warmup_steps=",
     "train.select": "train.select=", "train.validate_every_steps": "tune.looks=",
     "train.validation_patches": "train.validation_patches=", "train.threads": "train.threads=",
@@ -38,6 +42,8 @@ _OWNED = {
 }  # fmt: skip
 _KINDS = ("uniform", "loguniform", "choice", "grid")
 _DIGITS = 4  # significant ones of a drawn number
+_DIGITS_OF_STEPS = 12  # of one on a grid: 3 x 0.1 is 0.3 again
+_OFF_GRID = 1e-6  # of a step
 
 
 @dataclass(frozen=True)
@@ -68,29 +74,41 @@ class Parameter:
         step = self.step or (1.0 if self.whole else None)
         if step is None:
             return self.nearest(self.low + unit * (self.high - self.low))
-        count = math.floor((self.high - self.low) / step + 1e-9) + 1
-        return self.nearest(self.low + step * int(unit * count))
+        return self.nearest(self.low + step * int(unit * (self._steps(step) + 1)))
 
     def nearest(self, value: float) -> float:
-        """`value` within bounds, on the step's grid, in few digits."""
+        """`value` within bounds, on the step's grid where there is one, in few digits elsewhere."""
         value = min(max(value, self.low), self.high)
         if self.step is not None:
-            value = min(self.low + self.step * round((value - self.low) / self.step), self.high)
-        return round(value) if self.whole else float(f"{value:.{_DIGITS}g}")
+            count = min(round((value - self.low) / self.step), self._steps(self.step))
+            value = float(f"{self.low + self.step * count:.{_DIGITS_OF_STEPS}g}")
+        elif not self.whole:
+            value = float(f"{value:.{_DIGITS}g}")
+        return round(value) if self.whole else float(min(max(value, self.low), self.high))
 
-    def unit(self, value: Any) -> float:
-        """Where `value` lies between the ends: 0 to 1, outside them where it is no value of the parameter's."""
+    def _steps(self, step: float) -> int:
+        """How many of them fit between the bounds: the last value is so many above the first."""
+        return math.floor((self.high - self.low) / step + _OFF_GRID)
+
+    def unit(self, value: Any) -> float | None:
+        """Where `value` lies between the ends: 0 to 1, outside them where a range does not reach it. None where it has
+        no place: what a list does not have, and a default of null beside a range."""
         if self.is_listed:
-            return self.values.index(value) / max(1, len(self.values) - 1)
+            return self.values.index(value) / max(1, len(self.values) - 1) if self.holds(value) else None
+        if not _is_number(value):
+            return None
         if self.kind == "loguniform":
             return math.log(max(value, 1e-12) / self.low) / math.log(self.high / self.low)
         return (float(value) - self.low) / (self.high - self.low)
 
     def holds(self, value: Any) -> bool:
-        """Whether `value` is one of the parameter's."""
+        """Whether `value` is one of the parameter's: of a range with steps, on their grid."""
         if self.is_listed:
             return any(value == own and isinstance(value, bool) == isinstance(own, bool) for own in self.values)
-        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
+        if not _is_number(value) or not self.low <= value <= self.high:
+            return False
+        steps = (value - self.low) / self.step if self.step is not None else 0.0
+        return abs(steps - round(steps)) < _OFF_GRID
 
     def ends(self) -> tuple[Any, ...]:
         """Its extreme values, or all of a list."""
@@ -223,7 +241,8 @@ def _conditions(section: Section, before: Sequence[Parameter]) -> dict[str, tupl
         if key not in listed:
             rule = "a key further up in this space with choice or grid"
             raise ConfigError("depends on what is not chosen", where=where, rule=rule)
-        allowed = tuple(value) if isinstance(value, list) else (value,)
+        is_one = listed[key].holds(value) or not isinstance(value, list)  # a list may be a value itself
+        allowed = (value,) if is_one else tuple(value)
         unknown = [entry for entry in allowed if not listed[key].holds(entry)]
         if unknown or not allowed:
             rule = f"one or more of {', '.join(map(str, listed[key].values))}"
@@ -249,6 +268,13 @@ def _type_of(key: str, where: str) -> Any:
     return choices[0] if type(None) in typing.get_args(kind) and len(choices) == 1 else kind
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _cast(value: Any, kind: Any) -> Any:
     """A whole number given for a float is that float, as the schema would make it."""
-    return float(value) if kind is float and isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(value, list):
+        entry = next(iter(typing.get_args(kind)), None)
+        return [_cast(one, entry) for one in value]
+    return float(value) if kind is float and _is_number(value) else value

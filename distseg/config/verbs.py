@@ -11,6 +11,8 @@ from distseg.config.schema import LAUNCHERS, MISSING, DataConfig, LoggingConfig,
 OBJECTIVES = {"val_dice": "max"}
 EXPORT_FORMATS = ("monai_bundle", "onnx", "torchscript")
 MASK_FORMATS = ("nifti", "dicom_seg")
+# Short for a key of a section. (A plain `space` would be Hydra's group of that name: conf/space is a folder.)
+SHORT_KEYS = {"space": "tune.space"}
 
 
 @dataclass
@@ -22,7 +24,9 @@ class TuneConfig:
     search: str = "random"  # random; grid: all values of choices; optuna: its TPE, from the extra `tune`
     scheduler: str | None = None  # asha, pbt or none; None: asha with Ray, none without
     runner: str | None = None  # inline, train; None: inline where a trial has one worker
-    concurrent: int | None = None  # trials at once; None: as many as the cluster has room for
+    # Trials at once. None: as many as the cluster has room for as it stands, or 1 with launcher=local. A number is what
+    # a cluster that grows is asked for and waited on (DISTSEG_WAIT_FOR_NODES_S); fewer run where it brings fewer.
+    concurrent: int | None = None
     objective: str = "val_dice"  # a key of metrics.jsonl, measured on validation patches only
     looks: int = 9  # at the objective, evenly over a trial: with `reduction` 3, ASHA decides after 1/9 and 1/3 of it
     reduction: int = 3  # ASHA lets one in so many go on at each rung

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import ray
 import ray.autoscaler.sdk
+from ray._private import ray_constants
 
 from distseg.errors import InputError
 
@@ -69,15 +73,17 @@ def connect(
 
 
 def _start_embedded(*, include_dashboard: bool) -> None:
-    """Raises InputError where Ray's own 30 s to start were not enough, as on a machine full of other work."""
+    """Raises InputError where Ray's own 30 s to start were not enough, as on a machine full of other work, and where
+    it did not stay on loopback: whoever reaches Ray's ports runs code as this user."""
     try:
-        ray.init(
-            "local",
-            include_dashboard=include_dashboard,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-        )
+        with _no_other_machine():
+            ray.init(
+                "local",
+                include_dashboard=include_dashboard,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+            )
     except Exception as error:  # Ray raises a bare Exception here; any other goes on
         if "timed out during startup" not in str(error):
             raise
@@ -88,10 +94,47 @@ def _start_embedded(*, include_dashboard: bool) -> None:
             rule=f"this machine's load is {os.getloadavg()[0]:.0f} on {len(os.sched_getaffinity(0))} cores",
             fix="the same command again when there is less other work, or launcher=local",
         ) from error
+    _check_loopback()
 
 
-def _wait_for_nodes(each_worker: dict[str, float], workers: int) -> None:
-    """Ask the autoscaler for all workers at once, and wait for their nodes; at once where they are there."""
+@contextmanager
+def _no_other_machine() -> Iterator[None]:
+    """Inside, Ray takes 127.0.0.1 for this machine's address, and so every process it starts listens there alone.
+
+    Ray has no public setting for it: of `ray.init(_node_ip_address="127.0.0.1")` alone it makes the address that other
+    machines reach (`resolve_ip_for_localhost`), unless the platform may form no clusters, as macOS and Windows, where
+    it stays on loopback. So that is what it is told; Ray 2.60 asks at each start.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _check_loopback() -> None:
+    """Raises InputError, with Ray shut down, where its node has an address that others may reach."""
+    address = str(ray.nodes()[0]["NodeManagerAddress"])  # type: ignore[no-untyped-call]  # Ray leaves it without hints
+    if ipaddress.ip_address(address).is_loopback:
+        return
+    ray.shutdown()
+    raise InputError(
+        "Ray listens where other machines reach it",
+        where="launcher",
+        value=address,
+        rule="an embedded Ray stays on loopback: it runs what it is sent, and asks for no password",
+        fix="install the version of ray that constraints.txt pins, or launcher=local",
+    )
+
+
+def wait_for_nodes(*, workers: int, gpus_per_worker: float = 0.0, cpus_per_worker: float = 1.0) -> None:
+    """Ask the autoscaler for all workers at once and wait for their nodes, for DISTSEG_WAIT_FOR_NODES_S at most.
+
+    Returns at once where they are there, or where that is 0 or unset; too few in the end are no error here. Raises
+    InputError where it is no number.
+    """
+    each_worker = {kind: share for kind, share in (("CPU", cpus_per_worker), ("GPU", gpus_per_worker)) if share > 0}
     seconds = os.environ.get("DISTSEG_WAIT_FOR_NODES_S", "0")
     if not seconds.isdigit():
         rule, fix = "whole seconds", "set DISTSEG_WAIT_FOR_NODES_S=1200, or unset it"
@@ -126,8 +169,7 @@ def check_resources(*, workers: int, gpus_per_worker: float = 0.0, cpus_per_work
 
     On a cluster that grows, DISTSEG_WAIT_FOR_NODES_S says how long its autoscaler may take to bring what is missing.
     """
-    each_worker = {kind: share for kind, share in (("CPU", cpus_per_worker), ("GPU", gpus_per_worker)) if share > 0}
-    _wait_for_nodes(each_worker, workers)
+    wait_for_nodes(workers=workers, gpus_per_worker=gpus_per_worker, cpus_per_worker=cpus_per_worker)
     has = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray leaves it without hints
     for kind, each in (("CPU", cpus_per_worker), ("GPU", gpus_per_worker)):
         needed, there = workers * each, float(has.get(kind, 0.0))

@@ -20,7 +20,7 @@ import ray.tune
 import ray.util.state
 
 from distseg.config.schema import ResourcesConfig
-from distseg.distributed.cluster import connect
+from distseg.distributed.cluster import connect, wait_for_nodes
 from distseg.distributed.tune_callbacks import MAX_DEATHS, Source, Teller, payload, trial_name
 from distseg.distributed.tune_in_trial import trial_in_tune
 from distseg.distributed.tune_scheduler import make_scheduler
@@ -51,7 +51,11 @@ class RayTrials:
 
     @contextmanager
     def ready(self, sweep: Sweep) -> Iterator[None]:
-        """Raises InputError where the cluster is too small for one trial, or lacks what the runner needs."""
+        """Raises InputError where the cluster is too small for one trial, or lacks what the runner needs.
+
+        A cluster that grows is asked for the workers of `tune.concurrent` trials: it has room for them before Tune
+        counts how many fit. Left open, it stays at what one trial needs.
+        """
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         nested = sweep.settings.runner == "train"
@@ -60,6 +64,11 @@ class RayTrials:
             gpus_per_worker=self._resources.gpus_per_worker,
             include_dashboard=nested,
         ):
+            if sweep.settings.concurrent is not None:
+                wait_for_nodes(
+                    workers=min(sweep.settings.concurrent, sweep.trials) * self._resources.workers,
+                    gpus_per_worker=self._resources.gpus_per_worker,
+                )
             if nested:
                 _check_dashboard()
             if nested and sweep.settings.scheduler == "pbt":

@@ -26,41 +26,49 @@ _POLL_S = 0.5
 def trial_in_tune(config: dict[str, Any], *, sweep: Sweep, cpus: int) -> None:
     """What Tune runs for a trial, again after a death or a pause; the run directory says from where."""
     given = config["trial"]
-    reports = _Reports(sweep, given)
+    reports = _Reports(sweep, given["run"])
     train = (lambda c: _train_nested(c, cpus, reports.tell)) if sweep.settings.runner == "train" else (
         lambda c: _train_inline(c, cpus, reports.tell)
     )  # fmt: skip
-    job = TrialJob(sweep, reports.name, reports.run, given["values"], train, threads=cpus)
-    outcome = attempt(run_trial, job, reports.name)
-    if outcome.error is None:
+
+    def whole(values: dict[str, Any]) -> None:
+        """All of it, so that whatever fails is told as it is: Tune itself would try it again, and say that it died."""
+        reports.begin(values)
+        run_trial(TrialJob(sweep, reports.name, reports.run, values, train, threads=cpus))
         reports.tell()
-    else:
+
+    outcome = attempt(whole, given["values"], reports.name)
+    if outcome.error is not None:
         reports.fail(outcome.error)
 
 
 class _Reports:
     """What the trial tells Tune. Under PBT every report hands over a pointer to where it stands, as a checkpoint."""
 
-    def __init__(self, sweep: Sweep, given: Mapping[str, Any]) -> None:
+    def __init__(self, sweep: Sweep, run: str) -> None:
         self._sweep, self._pbt = sweep, sweep.settings.scheduler == "pbt"
         self.name: str = ray.tune.get_context().get_trial_name()
-        self.run: str = given["run"]
+        self.run = run
         self._taken: dict[str, Any] = {}
         self._told = 0
+
+    def begin(self, values: Mapping[str, Any]) -> None:
+        """Find or make the run directory to go on in."""
         pointer = _pointer()
         if pointer is not None:
-            self._place(pointer, given["values"])
+            self._place(pointer, values)
         if self._pbt:  # ASHA hears all looks again, so that its rungs have them; PBT would act on them anew
-            self._told = max(looks_of(sweep, self.run), default=0)
+            self._told = max(looks_of(self._sweep, self.run), default=0)
 
     def _place(self, pointer: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-        """The run directory to go on in: our own, or a new one that goes on as the donor's did."""
-        self.run = pointer["run"]
+        """Our own, or a new one that goes on as the donor's did, told of once it is whole."""
         if pointer["name"] == self.name:
+            self.run = pointer["run"]
             return
-        self.run = f"{self.name}.s{pointer['step']:07d}"
+        run = f"{self.name}.s{pointer['step']:07d}"
+        fork_run(self._sweep, pointer["run"], pointer["step"], self._sweep.config_of(run, values))
+        self.run = run
         self._taken = {"taken_from": pointer["name"], "taken_step": pointer["step"]}
-        fork_run(self._sweep, pointer["run"], pointer["step"], self._sweep.config_of(self.run, values))
 
     def tell(self) -> None:
         """Every look that is on disk and was not told yet."""

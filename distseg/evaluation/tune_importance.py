@@ -48,7 +48,10 @@ def importance(key: str, values: Sequence[Any], objective: Sequence[float], *, s
 
 def _design(values: Sequence[Any]) -> np.ndarray:
     """float64 [trials, columns], orthonormal, the constant first."""
-    distinct = list(dict.fromkeys(values))
+    distinct: list[Any] = []
+    for value in values:  # not a set: a value may be a list
+        if value not in distinct:
+            distinct.append(value)
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct)
     if numbers and len(distinct) > 2:
         ranks = _ranks(np.asarray(values, np.float64))

@@ -22,8 +22,9 @@ from distseg.training.local import train_local
 from distseg.work.executor import Executor, available_cores
 from distseg.work.tune_best import write_best
 from distseg.work.tune_checks import Prepared, claimed, prepare
+from distseg.work.tune_estimate import estimate
 from distseg.work.tune_progress import TuneProgress
-from distseg.work.tune_report import estimate, value_text, write_report
+from distseg.work.tune_report import value_text, write_report
 from distseg.work.tune_sweep import DEFAULT, Sweep
 from distseg.work.tune_trial import Train, TrialJob, is_trained, run_trial
 from distseg.work.tune_trials import FAILED, Trials

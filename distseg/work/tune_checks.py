@@ -21,6 +21,7 @@ from distseg.config.spaces import Space, load_space
 from distseg.config.verbs import OBJECTIVES, TuneConfig, TuneRunConfig
 from distseg.data.cohort import Cohort
 from distseg.errors import ConfigError, DataError, RunMismatchError
+from distseg.methods import why_unread
 from distseg.training.branch import parent_plan
 from distseg.training.plan import make_plan
 from distseg.training.run import write_atomic
@@ -68,6 +69,7 @@ def prepare(config: TuneRunConfig) -> Prepared:
     default = train_part(config)
     planned = _planned(settings, search)
     tried = _composed(default, space, planned)
+    _check_read(space, tried)
     passes = cheapest_passes([default, *tried])
     base = make_base(config, settings, passes=passes, warmup_steps=warmup_steps)
     warmup = make_warmup(config, warmup_steps)
@@ -184,6 +186,22 @@ def _compose(default: TrainRunConfig, space: Space, values: Mapping[str, Any], w
     except ConfigError as error:
         where = f"space {space.name}: {error.where or what}"
         raise ConfigError(error.what, where=where, value=error.value, rule=error.rule) from None
+
+
+def _check_read(space: Space, tried: list[TrainRunConfig]) -> None:
+    """Raises ConfigError naming every key that no trial would read: those that differ in it alone would be the same."""
+    unread = {}
+    for key in space.keys:
+        reasons = [why_unread(config, key) for config in tried]
+        if all(reasons):
+            unread[key] = reasons[0]
+    if unread:
+        raise ConfigError(
+            "swept, and nothing depends on it",
+            where=f"space {space.name}: {', '.join(unread)}",
+            rule="; ".join(dict.fromkeys(str(reason) for reason in unread.values())),
+            fix="take it out of the space, or choose a method and values that read it",
+        )
 
 
 def _check_data(cohort: Cohort, configs: list[TrainRunConfig]) -> None:

@@ -1,8 +1,7 @@
-"""From a sweep's trials to RUN/trials.csv, RUN/figures and RUN/report.html; and what a sweep would take."""
+"""From a sweep's trials to RUN/trials.csv, RUN/figures and RUN/report.html."""
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,11 @@ from distseg.evaluation.tune_figures import (
 )
 from distseg.evaluation.tune_importance import Importance, importance
 from distseg.evaluation.tune_page import TunePage, render_tune_page
-from distseg.inference.model import build_network
-from distseg.methods import passes_a_slot
-from distseg.training.remote_run import readable_run
 from distseg.training.run import write_atomic
-from distseg.work.tune_sweep import DEFAULT, Sweep
+from distseg.work.tune_sweep import DEFAULT
 from distseg.work.tune_trials import FAILED, FINISHED, STOPPED, Trial, Trials
 
-_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_TICKS = (0.25, 0.5, 0.75)  # between the ends
 
 
 def write_report(trials: Trials, best: Trial | None) -> Path:
@@ -65,8 +61,10 @@ def found_importance(trials: Trials) -> tuple[int, list[Importance]]:
         return 0, []
     step = max(common)
     found = []
-    for key in trials.sweep.space.keys:
+    for parameter in trials.sweep.space.parameters:
+        key = parameter.key
         pairs = [(values[key], t.looks[step]) for t in compared if key in (values := trials.values_of(t))]
+        pairs = [pair for pair in pairs if pair[0] is not None or parameter.holds(None)]  # a range's default of null
         one = importance(key, [value for value, _ in pairs], [look for _, look in pairs])
         found += [one] if one is not None else []
     return step, found
@@ -196,7 +194,7 @@ def _line(trials: Trials, trial: Trial, best: Trial | None) -> TrialLine:
     return TrialLine(
         name=trial.name,
         state=trial.state,
-        places=[_place(p, values[p.key]) if p.key in values else None for p in trials.sweep.space.parameters],
+        places=[p.unit(values[p.key]) if p.key in values else None for p in trials.sweep.space.parameters],
         looks=sorted(trial.looks.items()),
         value=trials.value(trial),
         is_best=trial is best,
@@ -204,16 +202,13 @@ def _line(trials: Trials, trial: Trial, best: Trial | None) -> TrialLine:
     )
 
 
-def _place(parameter: Parameter, value: Any) -> float | None:
-    """None for a default that the space does not have."""
-    return parameter.unit(value) if parameter.holds(value) or not parameter.is_listed else None
-
-
 def _axis(parameter: Parameter) -> ValueAxis:
-    if parameter.is_listed:
-        return ValueAxis(parameter.key, [(parameter.unit(value), value_text(value)) for value in parameter.values])
-    shown = dict.fromkeys([parameter.ends()[0], *(parameter.at(place) for place in _TICKS[1:-1]), parameter.ends()[1]])
-    return ValueAxis(parameter.key, [(parameter.unit(value), value_text(value)) for value in shown])
+    shown = list(parameter.values)
+    if not parameter.is_listed:
+        low, high = parameter.ends()
+        shown = list(dict.fromkeys([low, *(parameter.at(place) for place in _TICKS), high]))
+    placed = [(parameter.unit(value), value_text(value)) for value in shown]
+    return ValueAxis(parameter.key, [(place, text) for place, text in placed if place is not None])
 
 
 def _best_so_far(trials: Trials, warmup_steps: int) -> list[tuple[int, float]]:
@@ -230,27 +225,3 @@ def _best_so_far(trials: Trials, warmup_steps: int) -> list[tuple[int, float]]:
 
 def value_text(value: Any) -> str:
     return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-# --- beforehand ----------------------------------------------------------------------------------------------------
-
-
-def estimate(sweep: Sweep) -> list[str]:
-    """What the whole sweep would take at most, in steps, time and bytes. Time is known from a run to branch from."""
-    warmup = sweep.warmup.train.steps if sweep.warmup is not None else 0
-    total = sweep.trials * sweep.steps
-    lines = [f"{sweep.trials} trials of {sweep.steps} steps, at most {total} steps, and {warmup} of warm-up"]
-    weights = sum(p.numel() for p in build_network(sweep.base.network, num_classes=2).parameters()) * 4
-    a_trial = weights * (4 * sweep.base.checkpoint.keep + 2)  # student, teacher and Adam's two moments; the model
-    lines.append(f"on disk: about {a_trial * sweep.trials / 2**20:.0f} MiB ({a_trial / 2**20:.1f} MiB a trial)")
-    if sweep.base.train.init_from is not None and sweep.warmup is None:
-        with readable_run(sweep.base.train.init_from) as parent:
-            stored, rows = parent.stored(), parent.metrics()
-        times = [row["time_step_s"] for row in rows if row.get("time_step_s") is not None]
-        if stored is not None and times:
-            ratio = passes_a_slot(sweep.base) / passes_a_slot(stored.config)
-            hours = statistics.median(times) * ratio * total / 3600
-            lines.append(f"time: about {hours:.2f} hours of one worker, by the steps of train.init_from on its machine")
-            return lines
-    lines.append("time: not known before a step was timed; train.init_from=RUN would tell")
-    return lines

@@ -1,15 +1,16 @@
-"""Which values the next trial takes. Random and grid know them all beforehand, from the seed and the trial's number
-alone, so nothing is kept of them; Optuna's model is built anew from the trials that have ended."""
+"""Which values the next trial takes. A search keeps nothing: random and grid know all values beforehand, from the seed
+and the trial's number alone, and Optuna's model is built anew from the trials that have ended, for each it is asked
+for. So a sweep that was interrupted proposes what it would have proposed."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from distseg.config.spaces import Parameter, Space
-from distseg.data.keys import Purpose, generator
+from distseg.data.keys import Purpose, generator, torch_seed
 from distseg.errors import ConfigError
 
 RESAMPLED = 0.25  # share of PBT's perturbations that draw anew (Jaderberg 2017, and Ray's default)
@@ -19,14 +20,18 @@ STARTUP = 5  # Optuna's random trials before its model speaks; its own default o
 Values = dict[str, Any]  # dotted key -> value, of the active parameters alone
 
 
+class Ended(NamedTuple):
+    """A trial that finished or was stopped. `value`: the objective of its model, None of one that was stopped."""
+
+    values: Mapping[str, Any]
+    looks: Mapping[int, float]  # step -> objective
+    value: float | None
+
+
 class Search(Protocol):
-    """`number` counts sampled trials from 0; the default configuration has none."""
-
-    def ask(self, number: int) -> Values | None:
-        """The values of trial `number`; None where there is no further one."""
-
-    def tell(self, values: Mapping[str, Any], looks: Mapping[int, float], state: str) -> None:
-        """A trial has ended: finished, stopped or failed."""
+    def ask(self, number: int, ended: Sequence[Ended] = ()) -> Values | None:
+        """The values of sampled trial `number`, from 0 (the default configuration has none); None where there is no
+        further one. `ended`: what came of trials so far, the default's among them, in the order of their proposal."""
 
 
 class RandomSearch:
@@ -37,13 +42,10 @@ class RandomSearch:
         listed = [p for p in space.parameters if p.kind == "grid"]
         self._grid = [dict(zip([p.key for p in listed], point, strict=True)) for point in _product(listed)]
 
-    def ask(self, number: int) -> Values | None:
+    def ask(self, number: int, ended: Sequence[Ended] = ()) -> Values | None:
         units = generator(self._seed, Purpose.TRIAL, number).random(len(self._space.parameters))
         drawn = {p.key: p.at(float(unit)) for p, unit in zip(self._space.parameters, units, strict=True)}
         return self._space.active({**drawn, **self._grid[number % len(self._grid)]})
-
-    def tell(self, values: Mapping[str, Any], looks: Mapping[int, float], state: str) -> None:
-        pass
 
 
 class GridSearch:
@@ -65,11 +67,8 @@ class GridSearch:
             if values not in self.points:  # what is moot is no difference
                 self.points.append(values)
 
-    def ask(self, number: int) -> Values | None:
+    def ask(self, number: int, ended: Sequence[Ended] = ()) -> Values | None:
         return self.points[number] if number < len(self.points) else None
-
-    def tell(self, values: Mapping[str, Any], looks: Mapping[int, float], state: str) -> None:
-        pass
 
 
 class OptunaSearch:
@@ -83,67 +82,69 @@ class OptunaSearch:
                 "Optuna is not installed", where="tune.search", value="optuna", fix="pip install 'distseg[tune]'"
             ) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._optuna, self._space = optuna, space
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
-        self._study = optuna.create_study(sampler=sampler, direction="maximize" if maximise else "minimize")
-        self._asked: list[tuple[Values, Any]] = []
+        self._optuna, self._space, self._seed = optuna, space, seed
+        self._direction = "maximize" if maximise else "minimize"
 
-    def ask(self, number: int) -> Values | None:
-        trial = self._study.ask()
+    def ask(self, number: int, ended: Sequence[Ended] = ()) -> Values | None:
+        # Seeded by the number: a sampler with one seed a session would begin its draws again after an interruption.
+        seed = torch_seed(self._seed, Purpose.TRIAL, number) % 2**32
+        sampler = self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
+        study = self._optuna.create_study(sampler=sampler, direction=self._direction)
+        for one in ended:
+            self._add(study, one)
+        trial = study.ask()
         chosen: Values = {}
         for parameter in self._space.parameters:
             if parameter.is_active(chosen):
                 chosen[parameter.key] = self._suggest(trial, parameter)
-        self._asked.append((chosen, trial))
         return chosen
 
-    def tell(self, values: Mapping[str, Any], looks: Mapping[int, float], state: str) -> None:
-        ours = next((pair for pair in self._asked if pair[0] == values), None)
-        if ours is None:
-            self._add(values, looks, state)
-            return
-        self._asked.remove(ours)
-        for step, value in looks.items():
-            ours[1].report(value, step)
-        final = list(looks.values())[-1] if state == "finished" else None
-        self._study.tell(ours[1], final, state=self._states()[state])
-
-    def _add(self, values: Mapping[str, Any], looks: Mapping[int, float], state: str) -> None:
-        """A trial from an earlier session, or the default one, as far as the space has its values."""
+    def _add(self, study: Any, ended: Ended) -> None:
+        """As far as the space has its values, which a default may lack."""
+        values, looks, value = ended
         parameters = [p for p in self._space.parameters if p.key in values and p.holds(values[p.key])]
-        if not parameters or (state == "stopped" and not looks):
+        if not parameters or (value is None and not looks):
             return
-        self._study.add_trial(
+        states = self._optuna.trial.TrialState
+        study.add_trial(
             self._optuna.trial.create_trial(
-                params={p.key: p.values.index(values[p.key]) if p.is_listed else values[p.key] for p in parameters},
+                params={p.key: _to_optuna(p, values[p.key]) for p in parameters},
                 distributions={p.key: self._distribution(p) for p in parameters},
-                value=list(looks.values())[-1] if state == "finished" else None,
+                value=value,
                 intermediate_values=dict(looks),
-                state=self._states()[state],
+                state=states.PRUNED if value is None else states.COMPLETE,
             )
         )
-
-    def _states(self) -> Mapping[str, Any]:
-        states = self._optuna.trial.TrialState
-        return {"finished": states.COMPLETE, "stopped": states.PRUNED, "failed": states.FAIL}
 
     def _distribution(self, p: Parameter) -> Any:
         """Lists by their index, as Optuna's categories are plain values; numbers as they are."""
         kinds = self._optuna.distributions
         if p.is_listed:
             return kinds.CategoricalDistribution(tuple(range(len(p.values))))
-        log = p.kind == "loguniform"
+        log, high = p.kind == "loguniform", _highest(p)
         if p.whole:
-            return kinds.IntDistribution(int(p.low), int(p.high), log=log, step=int(p.step or 1))
-        return kinds.FloatDistribution(p.low, p.high, log=log, step=p.step)
+            return kinds.IntDistribution(int(p.low), int(high), log=log, step=int(p.step or 1))
+        return kinds.FloatDistribution(p.low, high, log=log, step=p.step)
 
     def _suggest(self, trial: Any, p: Parameter) -> Any:
         if p.is_listed:
             return p.values[trial.suggest_categorical(p.key, tuple(range(len(p.values))))]
-        log = p.kind == "loguniform"
+        log, high = p.kind == "loguniform", _highest(p)
         if p.whole:
-            return trial.suggest_int(p.key, int(p.low), int(p.high), log=log, step=int(p.step or 1))
-        return trial.suggest_float(p.key, p.low, p.high, log=log, step=p.step)
+            return trial.suggest_int(p.key, int(p.low), int(high), log=log, step=int(p.step or 1))
+        drawn = trial.suggest_float(p.key, p.low, high, log=log, step=p.step)
+        return drawn if p.step is None else p.nearest(drawn)
+
+
+def _highest(p: Parameter) -> float:
+    """The last step on the grid: of a bound off it Optuna warns."""
+    return p.high if p.step is None else p.nearest(p.high)
+
+
+def _to_optuna(p: Parameter, value: Any) -> Any:
+    if p.is_listed:
+        return p.values.index(value)
+    return value if p.step is None else p.nearest(value)
 
 
 def make_search(kind: str, space: Space, *, seed: int, maximise: bool = True) -> Search:

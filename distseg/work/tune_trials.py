@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distseg.errors import DataError
-from distseg.work.tune_search import Search, Values
+from distseg.work.tune_search import Ended, Search, Values
 from distseg.work.tune_sweep import DEFAULT, Sweep
 from distseg.work.tune_trial import is_trained, looks_of
 
@@ -53,8 +53,6 @@ class Trials:
         self._again = [trial for trial in self.by_name.values() if trial.state in (OPEN, FAILED)]
         for trial in self._again:
             trial.state, trial.reason = OPEN, ""
-        for trial in self.ended:
-            self._tell(trial)
 
     @property
     def ended(self) -> list[Trial]:
@@ -68,7 +66,7 @@ class Trials:
         if number >= self.sweep.trials:
             return None
         has_default = self.sweep.settings.default_first
-        values = {} if has_default and number == 0 else self._search.ask(number - int(has_default))
+        values = {} if has_default and number == 0 else self._search.ask(number - int(has_default), self._known())
         if values is None:
             return None
         name = DEFAULT if has_default and number == 0 else f"t{number:03d}"
@@ -109,7 +107,6 @@ class Trials:
             state = FAILED
         event = {"trial": name, "event": "ended", "state": state, "reason": reason, "seconds": round(seconds, 1)}
         self._append(event)
-        self._tell(trial)
         return trial
 
     def value(self, trial: Trial) -> float | None:
@@ -132,8 +129,9 @@ class Trials:
         """The swept keys that count in the trial, the default's own values among them."""
         return self.sweep.default_values() if trial.name == DEFAULT and not trial.values else dict(trial.values)
 
-    def _tell(self, trial: Trial) -> None:
-        self._search.tell(self.values_of(trial), trial.looks, trial.state)
+    def _known(self) -> list[Ended]:
+        """What the next proposal may depend on; the best look where train.select=val takes that for the model."""
+        return [Ended(self.values_of(t), t.looks, self.value(t)) for t in self.ended if t.state in (FINISHED, STOPPED)]
 
     def _append(self, event: Mapping[str, Any]) -> None:
         with self._file.open("a", encoding="utf-8") as file:

@@ -1,4 +1,5 @@
-"""One real Ray: the same scans as a local ingest, failures as lines, a dead worker, resources checked, quiet end."""
+"""One real Ray: the same scans as a local ingest, failures as lines, a dead worker, resources checked, no port open to
+other machines, quiet end."""
 
 from __future__ import annotations
 
@@ -17,12 +18,35 @@ from distseg.distributed.executor import RayExecutor
 from distseg.errors import InputError
 from distseg.work.executor import LocalExecutor
 from distseg.work.ingest import ingest_cohort
+from tests.faults.killing import kin
+
+# As /proc/net/tcp and tcp6 have them: 127.0.0.1, ::1 and ::ffff:127.0.0.1 in words of little-endian hex.
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 
 
 def dies(item: int) -> int:
     if item == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return item
+
+
+def listening(pids: list[int]) -> dict[str, list[int]]:
+    """Address in hex -> the ports at which one of the processes takes connections from there."""
+    sockets = set()
+    for pid in pids:
+        for handle in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                sockets.add(os.readlink(handle))
+            except OSError:
+                continue  # closed meanwhile
+    found: dict[str, list[int]] = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and f"socket:[{rest[5]}]" in sockets:
+                address, port = local.split(":")
+                found.setdefault(address, []).append(int(port, 16))
+    return found
 
 
 @pytest.mark.ray
@@ -45,6 +69,9 @@ def test_ray_ingests_what_a_local_pool_does(tmp_path: Path, monkeypatch: pytest.
         assert reports["ray"].failed == reports["local"].failed
         with pytest.raises(InputError, match="more workers than the cluster has CPUs for"):
             connect(workers=10_000)
+        ports = listening([os.getpid(), *kin(os.getpid())])
+        assert sum(map(len, ports.values())) >= 3  # Ray's store of nodes, its node, its agent
+        assert ports.keys() <= LOOPBACK, ports
         assert ray.is_initialized()  # a refused connect leaves an existing one alone
         outcomes = {outcome.key: outcome for outcome in executor.map(dies, [0, 1, 2])}
         assert (outcomes["0"].value, outcomes["2"].value) == (0, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,9 @@ from ray.util.state.exception import ServerUnavailable
 from distseg.config.schema import ResourcesConfig, TrainConfig, TrainRunConfig
 from distseg.config.spaces import load_space
 from distseg.config.verbs import TuneConfig
-from distseg.distributed.cluster import check_resources
-from distseg.distributed.tune import _check_dashboard, room_for_trials
+from distseg.distributed import tune_in_trial
+from distseg.distributed.cluster import check_resources, wait_for_nodes
+from distseg.distributed.tune import RayTrials, _check_dashboard, room_for_trials
 from distseg.distributed.tune_scheduler import make_scheduler
 from distseg.errors import InputError
 from distseg.inference.model import load_model
@@ -155,6 +157,61 @@ def test_asha_goes_on_as_if_there_had_been_one_session(tmp_path: Path) -> None:
     ]
     resumed = make_scheduler(sweep, SimpleNamespace(ended=half), "max")
     assert [_stopped_at(resumed, f"t{n}", looks[n]) for n in range(4, 8)] == stopped_at[4:]
+
+
+@pytest.mark.parametrize(("concurrent", "workers"), [(None, []), (3, [6]), (99, [16])])
+def test_a_cluster_that_grows_is_asked_for_all_trials_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, concurrent: int | None, workers: list[int]
+) -> None:
+    """Not for more of them than there are; where the number is left open, for one."""
+    told: list[Any] = []
+    monkeypatch.setattr("distseg.distributed.tune.connect", lambda **_: nullcontext())
+    monkeypatch.setattr("distseg.distributed.tune.wait_for_nodes", lambda **words: told.append(words))
+    sweep = _sweep(tmp_path, steps=9)
+    sweep.settings.concurrent = concurrent
+    with RayTrials(ResourcesConfig(workers=2, gpus_per_worker=0.5)).ready(sweep):
+        assert told == [{"workers": number, "gpus_per_worker": 0.5} for number in workers]
+
+
+def test_nodes_are_asked_for_once_and_not_waited_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All workers' at once, until they are there or the time is up; the request is withdrawn; none without a wait."""
+    clock, requests, cpus = [0.0], list[int](), [2.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] >= 30:
+            cpus[0] = 8.0
+
+    fake = SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep)
+    monkeypatch.setattr("distseg.distributed.cluster.time", fake)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": cpus[0]})
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda *, bundles: requests.append(len(bundles)))
+    monkeypatch.delenv("DISTSEG_WAIT_FOR_NODES_S", raising=False)
+    wait_for_nodes(workers=8)
+    assert (clock, requests) == ([0.0], [])
+    monkeypatch.setenv("DISTSEG_WAIT_FOR_NODES_S", "60")
+    wait_for_nodes(workers=2)
+    assert (clock, requests) == ([0.0], [])  # they are there
+    wait_for_nodes(workers=8)
+    assert (clock, requests) == ([30.0], [8, 0])
+    wait_for_nodes(workers=9)
+    assert (clock, requests) == ([90.0], [8, 0, 9, 0])  # in vain, and no error
+
+
+def test_a_take_over_that_fails_is_told_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune would try it three times and say that its process died; and the journal keeps the trial's own run."""
+    reported: list[dict[str, Any]] = []
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ray.tune.get_context", lambda: SimpleNamespace(get_trial_name=lambda: "t001"))
+    monkeypatch.setattr("ray.tune.report", reported.append)
+    monkeypatch.setattr(tune_in_trial, "_pointer", lambda: {"name": "t002", "run": "t002", "step": 3})
+    monkeypatch.setattr(tune_in_trial, "fork_run", full)
+    given = {"name": "t002", "run": "t002", "values": {}}
+    tune_in_trial.trial_in_tune({"trial": given}, sweep=_sweep(tmp_path, steps=9), cpus=1)
+    assert reported == [{"step": 1, "run": "t002", "error": "OSError: [Errno 28] No space left on device"}]
 
 
 def _sweep(run: Path, **settings: int) -> Sweep:

@@ -203,7 +203,7 @@ GOOD = ("cohort=c", "run=r")
         (["evaluate", *GOOD, "netwrok=teacher"], ["netwrok", "did you mean network"]),
         (["evaluate", *GOOD, "overlap=2"], ["overlap", "from 0.0 to 0.9"]),
         (["cohort", "cohort=c", "action=delete"], ["action", "list, remove, repair"]),
-        (["tune", *GOOD], ["tune.space: key not given", "tune.space=..."]),
+        (["tune", *GOOD], ["space: key not given", "add space=..."]),
         (["tune", *GOOD, "space=thresholds", "tune.trails=3"], ["tune.trails", "did you mean tune.trials"]),
         (["tune", *GOOD, "space=thresholds", "tune.runner=trian"], ["did you mean tune.runner=train?"]),
         (["tune", *GOOD, "space=thresholds", "tune.objective=val_hd"], ["tune.objective", "one of val_dice"]),

@@ -15,17 +15,21 @@ import yaml
 
 from distseg.cli import main
 from distseg.config.compose import identity, train_config
+from distseg.config.schema import NetworkConfig
 from distseg.config.spaces import Space, parse_space
 from distseg.doors import Verb
 from distseg.errors import ConfigError, DataError, FinishedWithFailures
 from distseg.evaluation.tune_importance import importance
+from distseg.inference.model import build_network
 from distseg.training.checkpoint import checkpoint_dir, load_checkpoint
 from distseg.training.local import train_local
 from distseg.training.run import RunDirectory
 from distseg.work import tune_checks
 from distseg.work.tune_best import command, overrides_of
 from distseg.work.tune_checks import prepare
-from distseg.work.tune_search import GridSearch, OptunaSearch, RandomSearch, make_search, perturbed
+from distseg.work.tune_estimate import estimate, run_nbytes
+from distseg.work.tune_report import found_importance, write_report
+from distseg.work.tune_search import Ended, GridSearch, OptunaSearch, RandomSearch, make_search, perturbed
 from distseg.work.tune_sweep import Sweep
 from distseg.work.tune_trial import fork_run, looks_of
 from distseg.work.tune_trials import Trials
@@ -49,6 +53,18 @@ def holds(space: Space, values: dict[str, Any]) -> bool:
         (p.key in values) == p.is_active(values) and (p.key not in values or p.holds(values[p.key]))
         for p in space.parameters
     )
+
+
+def made(cohort: str, run: Path, **more: Any) -> tuple[Sweep, Trials]:
+    run.mkdir(parents=True, exist_ok=True)
+    prepared = prepare(config(cohort, run, **more))
+    return prepared.sweep, Trials(prepared.sweep, prepared.search)
+
+
+def finish(trials: Trials, name: str, looks: dict[int, float]) -> None:
+    for step, value in looks.items():
+        trials._append({"trial": name, "event": "look", "step": step, "value": value})
+    trials._append({"trial": name, "event": "ended", "state": "finished", "reason": "", "seconds": 1.0})
 
 
 # --- search --------------------------------------------------------------------------------------------------------
@@ -86,20 +102,71 @@ def test_a_grid_is_the_product_without_what_is_moot() -> None:
 def test_optuna_learns_and_takes_earlier_trials_back() -> None:
     space = parse_space("o", space_of(method__weight_ua={"loguniform": [0.01, 10.0]}))
     search = OptunaSearch(space, seed=0, maximise=True)
-    search.tell({"method.weight_ua": 0.25}, {1: -1.1}, "finished")  # another session's
-    search.tell({"method.weight_ua": 99.0}, {1: 0.1}, "finished")  # a default outside the space: left out
-    search.tell({"method.weight_ua": 0.5}, {}, "stopped")
+    ended = [
+        Ended({"method.weight_ua": 0.25}, {1: -1.1}, -1.1),  # another session's
+        Ended({"method.weight_ua": 99.0}, {1: 0.1}, 0.1),  # a default outside the space: left out
+        Ended({"method.weight_ua": 0.5}, {}, None),
+    ]
     distances = []
     for number in range(30):
-        values = search.ask(number)
+        values = search.ask(number, ended)
         assert values is not None
         assert holds(space, values)
         distance = abs(np.log10(values["method.weight_ua"]) - 0.5)
         distances.append(distance)
-        search.tell(values, {1: 0.0, 2: -float(distance)}, "stopped" if number % 7 == 6 else "finished")
+        value = None if number % 7 == 6 else -float(distance)
+        ended.append(Ended(values, {1: 0.0, 2: -float(distance)}, value))
     assert np.median(distances[-10:]) < 0.5 * np.median(distances[:6])
     mixed = OptunaSearch(MIXED, seed=0, maximise=True)
     assert all(holds(MIXED, mixed.ask(number) or {}) for number in range(8))
+
+
+def test_optuna_goes_on_as_if_there_had_been_one_session(cohort_path: str, tmp_path: Path) -> None:
+    """Two trials end, a fresh process goes on: what it proposes is new, and what one session would have proposed."""
+    space = space_of(method__weight_ua={"loguniform": [0.1, 1.0]}, method__weight_nn={"uniform": [0, 1], "step": 0.3})
+    keys = {"space": space, "tune__search": "optuna", "tune__trials": 12}
+
+    _, whole = made(cohort_path, tmp_path / "whole", **keys)
+    for trial in iter(whole.next, None):
+        finish(whole, trial.name, {2: sum(map(ord, trial.name)) % 7 / 10})
+    cut, proposed = tmp_path / "cut", []
+    for _ in range(6):  # sessions of two trials each: startup's random draws, and the model's
+        _, trials = made(cohort_path, cut, **keys)
+        for _ in range(2):
+            trial = trials.next()
+            assert trial is not None
+            proposed.append(trial.values)
+            finish(trials, trial.name, {2: sum(map(ord, trial.name)) % 7 / 10})
+    assert proposed == [trial.values for trial in whole.by_name.values()]
+    assert len({json.dumps(values) for values in proposed}) == 12
+
+
+def test_a_range_with_steps_has_no_value_off_its_grid() -> None:
+    """Of bounds that the steps do not meet the last step is the end; a default off the grid is left out of Optuna."""
+    numbers, whole = parse_space(
+        "s", space_of(method__weight_ua={"uniform": [0, 1], "step": 0.3}, references__k={"uniform": [1, 8], "step": 4})
+    ).parameters
+    assert numbers.ends() == (0.0, 0.9)
+    assert whole.ends() == (1, 5)
+    assert [numbers.nearest(value) for value in (0.1, 0.16, 0.95, 1.0, 7.0)] == [0.0, 0.3, 0.9, 0.9, 0.9]
+    assert {numbers.at(u / 100) for u in range(100)} == {0.0, 0.3, 0.6, 0.9}
+    assert [numbers.holds(value) for value in (0.3, 0.1 * 3, 0.25, 1.0, None, True)] == [True, True, *[False] * 4]
+    assert [whole.holds(value) for value in (1, 5, 4, 9)] == [True, True, False, False]
+    search = OptunaSearch(parse_space("s", space_of(method__weight_ua={"uniform": [0, 1], "step": 0.3})), seed=0,
+                          maximise=True)  # fmt: skip
+    ended = [Ended({"method.weight_ua": 0.25}, {1: 0.5}, 0.5), Ended({"method.weight_ua": 0.9}, {1: 0.5}, 0.5)]
+    assert all((search.ask(n, ended * 4) or {})["method.weight_ua"] in (0.0, 0.3, 0.6, 0.9) for n in range(8))
+
+
+def test_optuna_hears_of_the_model_and_not_of_the_last_look(cohort_path: str, tmp_path: Path) -> None:
+    _, trials = made(cohort_path, tmp_path / "s", train__select="val")
+    default = trials.next()
+    assert default is not None
+    finish(trials, "default", {1: 0.8, 2: 0.3})
+    heard: list[Ended] = []
+    trials._search = SimpleNamespace(ask=lambda _, ended: heard.extend(ended))  # type: ignore[assignment]  # listens
+    assert trials.next() is None
+    assert [(one.looks, one.value) for one in heard] == [({1: 0.8, 2: 0.3}, 0.8)]
 
 
 def test_optuna_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,12 +186,6 @@ def test_pbt_moves_to_a_neighbour_or_anywhere_within_the_space() -> None:
 
 
 # --- the journal ---------------------------------------------------------------------------------------------------
-
-
-def made(cohort: str, run: Path, **more: Any) -> tuple[Sweep, Trials]:
-    run.mkdir(parents=True, exist_ok=True)
-    prepared = prepare(config(cohort, run, **more))
-    return prepared.sweep, Trials(prepared.sweep, prepared.search)
 
 
 def test_the_journal_survives_a_kill_in_the_middle_of_a_line(cohort_path: str, tmp_path: Path) -> None:
@@ -224,6 +285,32 @@ def test_importance_finds_what_was_planted() -> None:
     assert importance("one", [1] * 9, list(range(9))) is None
 
 
+def test_a_default_without_a_place_and_values_that_are_lists(cohort_path: str, tmp_path: Path) -> None:
+    """A range over a key that is null by default, and a choice of lists: to the report, whatever searches."""
+    space = space_of(
+        data__spacing_mm={"choice": [[3.0, 4.0, 4.0], [4, 4, 4], [3.0, 4.0, 5.0]]},
+        references__band_outside_mm={"loguniform": [2.0, 16.0], "when": {"data.spacing_mm": [3.0, 4.0, 4.0]}},
+        matching__min_similarity={"uniform": [0.1, 0.9]},
+    )
+    keys = {"space": space, "tune__search": "optuna", "tune__trials": 14, "tune__warmup_steps": None}
+    keys["references__draw"] = "surface"  # what a band is read for
+    _, trials = made(cohort_path, tmp_path / "s", **keys)
+    for number, trial in enumerate(iter(trials.next, None)):
+        finish(trials, trial.name, {2: trial.values.get("matching.min_similarity", 0.95 + number)})
+    best = trials.best()
+    assert best is trials.by_name["default"]
+    write_report(trials, best)
+    rows = table(tmp_path / "s")
+    assert (rows[0]["data.spacing_mm"], rows[0]["matching.min_similarity"]) == ("", "")
+    assert {row["data.spacing_mm"] for row in rows[1:]} <= {"[3.0, 4.0, 4.0]", "[4.0, 4.0, 4.0]", "[3.0, 4.0, 5.0]"}
+    assert all((row["data.spacing_mm"] == "[3.0, 4.0, 4.0]") == bool(row["references.band_outside_mm"]) for row in rows)
+    _, found = found_importance(trials)
+    shares = {one.key: one for one in found}
+    assert shares["matching.min_similarity"].trials == 13  # numbers, the default's null left out: it explains all
+    assert shares["matching.min_similarity"].share == pytest.approx(1.0, abs=0.01)
+    assert shares["data.spacing_mm"].share < 1.0
+
+
 def test_best_yaml_and_its_command_are_the_trial(
     cohort_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +326,25 @@ def test_best_yaml_and_its_command_are_the_trial(
     assert words[:3] == ["distseg", "train", "run=..."]
     assert main(words[1:]) == 0
     assert identity(caught[0]) == identity(trial)
+
+
+def test_what_a_sweep_would_leave_on_disk(cohort_path: str, tmp_path: Path) -> None:
+    """By hand: n weights four-fold a checkpoint, of which two stay and one is written; two networks a model."""
+    keys = {"method__name": "supervised", "space": RECIPE, "tune__warmup_steps": None, "network__base_filters": 8}
+    n = 4 * sum(p.numel() for p in build_network(NetworkConfig(base_filters=8, levels=2), num_classes=2).parameters())
+    plain = prepare(config(cohort_path, tmp_path / "a", **keys, tune__trials=3)).sweep
+    assert run_nbytes(plain.base) == n * (4 * 3 + 2)
+    assert f"about {n * 14 * (3 + 1) / 2**20:.0f} MiB ({n * 14 / 2**20:.1f} MiB a trial" in estimate(plain)[1]
+    assert "0 of warm-up" in estimate(plain)[0]
+    bank = {"references__patches": 4, "references__per_patch": 10, "references__every_steps": 1}
+    matching = prepare(config(cohort_path, tmp_path / "b", **bank, train__select="val")).sweep
+    small = 4 * sum(p.numel() for p in build_network(matching.base.network, num_classes=2).parameters())
+    assert run_nbytes(matching.base) == small * (4 * 4 + 2) + 2 * (2 + 2) * 4 * 10 * 4 * 4  # four versions of 40 x 4
+    assert "MiB of warm-up" in estimate(matching)[1]
+    pbt = {"launcher": "ray", "tune__scheduler": "pbt", "tune__trials": 8, "train__steps": 6, "tune__looks": 3}
+    population = prepare(config(cohort_path, tmp_path / "c", **pbt)).sweep
+    assert "up to 4 take-overs of PBT" in estimate(population)[1]  # two of eight at the first look and the second
+    assert "dry_run=true tells what a worker takes" in estimate(population)[3]
 
 
 # --- what is refused, before anything runs -------------------------------------------------------------------------
@@ -284,6 +390,23 @@ BANK = space_of(matching__k={"uniform": [1, 8]})
             "depends on what is not chosen",
         ),
         ({}, {}, "an empty space"),
+        (space_of(dry_run={"choice": [True, False]}), {}, "dry_run: not swept; use dry_run="),
+        (space_of(postprocess__components={"choice": ["all", "largest"]}), {}, "not swept; .*no look at validation"),
+        (
+            LISTED,
+            {"method__name": "supervised"},
+            r"^space space: method\.weight_nn, method\.weight_en: swept, and nothing depends on it; "
+            "method=supervised does not read it; take it out",
+        ),
+        (space_of(method__weight_sdf={"uniform": [0, 1]}), {}, "method=embedding_matching does not read it"),
+        (
+            space_of(method__threshold_value={"uniform": [0, 1]}),
+            {},
+            r"method\.threshold=fixed or quantile or per_class",
+        ),
+        (BANK, {"matching__kind": "prototypes"}, r"matching\.k: swept.* read with matching\.kind=index alone"),
+        (space_of(references__band_inside_mm={"uniform": [1, 9]}), {}, r"read with references\.draw=surface or"),
+        (space_of(data__pseudo_share={"uniform": [0, 1]}), {}, r"read with data\.pseudo_labels alone"),
     ],
 )
 def test_a_space_that_cannot_be_swept_so(
