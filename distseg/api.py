@@ -31,7 +31,7 @@ from distseg.config.verbs import (
     PredictConfig,
     TuneRunConfig,
 )
-from distseg.data.place import absolute, look_at
+from distseg.data.place import absolute, as_place, is_url, look_at, not_in_store
 from distseg.errors import ConfigError, FinishedWithFailures
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def ingest_from_config(config: IngestConfig) -> IngestReport:
     from distseg.work.ingest import ingest_cohort
 
     config = absolute(config, "source", "cohort")
+    not_in_store(as_place(config.cohort).parent, key="cohort")
     with _executor(config.launcher, config.resources) as executor:
         report = ingest_cohort(
             source=config.source,
@@ -156,6 +157,8 @@ def train_from_config(config: TrainRunConfig) -> TrainResult | DryRun:
     config = absolute(config, "cohort", "run", urls=("cohort", "run"))
     config.train = absolute(config.train, "init_from", urls=("init_from",))
     config.data = absolute(config.data, "pseudo_labels", urls=("pseudo_labels",))
+    if not is_url(config.run):
+        not_in_store(config.run, key="run")
     if config.dry_run:
         look_at(config.run, key="run")
         return _dry_run(config)
@@ -246,6 +249,7 @@ def predict_from_config(config: PredictConfig) -> PredictReport:
 
     config = absolute(config, "run", "input", "output", urls=("run",))
     look_at(config.run, key="run")
+    not_in_store(config.output, key="output")
     with _executor(config.launcher, config.resources) as executor:
         report = predict_files(
             run=config.run,
@@ -298,6 +302,7 @@ def label_from_config(config: LabelConfig) -> LabelReport | LabelEstimate:
     config = absolute(config, "run", "cohort", "output", urls=("run", "cohort", "output"))
     look_at(config.run, key="run")
     look_at(config.output, key="output")
+    not_in_store(config.output, key="output")
     if config.dry_run:
         from distseg.work.label_estimate import estimate_label
 
@@ -375,6 +380,7 @@ def benchmark_from_config(config: BenchmarkConfig) -> BenchmarkResult:
     from distseg.work.benchmark import run_benchmark
 
     config = absolute(config, "cohort", "run", "cells_from")
+    not_in_store(config.run, key="run")
     cells = ResourcesConfig(workers=config.side_by_side, gpus_per_worker=config.resources.gpus_per_worker)
     with _executor(config.launcher, cells) as executor:
         return run_benchmark(config, executor=executor)
@@ -415,6 +421,7 @@ def tune_from_config(config: TuneRunConfig) -> TuneResult:
     from distseg.work.tune import LocalTrials, run_tune
 
     config = absolute(config, "cohort", "run")
+    not_in_store(config.run, key="run")
     config.train = absolute(config.train, "init_from", urls=("init_from",))
     if config.launcher == "local":
         with _executor("local", ResourcesConfig(workers=config.tune.concurrent or 1)) as executor:
@@ -445,6 +452,7 @@ def export_from_config(config: ExportConfig) -> ExportReport:
 
     config = absolute(config, "run", "output", urls=("run",))
     look_at(config.run, key="run")
+    not_in_store(config.output, key="output")
     model = load_model(config.run)
     if config.format == "monai_bundle":
         from distseg.inference.export_bundle import export_bundle

@@ -31,6 +31,7 @@ from distseg.data.arrays import StoredArray, open_array
 from distseg.data.nifti import write_nifti
 from distseg.data.place import as_place, join, reachable
 from distseg.data.scan_attributes import DAMAGE, parse_all
+from distseg.data.scan_files import lacking
 from distseg.data.volume import Geometry, NativeGrid, Shape, Spacing, shape3, spacing3
 from distseg.errors import DataError, InputError
 
@@ -196,6 +197,10 @@ class Scan:
         return array
 
     def _array(self, name: str) -> StoredArray:
+        lacks = lacking(as_place(self.path), self.attrs.get("files", {}), [name])
+        if lacks is not None:
+            rule, fix = "what is missing would read as zeros", "copy the store again, or ingest that scan again"
+            raise DataError("the scan is not all there", where=self.scan_id, value=lacks, rule=rule, fix=fix)
         return open_array(f"{self.path}/{name}")
 
 

@@ -27,6 +27,7 @@ from distseg.data.limits import needing_room
 from distseg.data.place import as_place
 from distseg.data.publish import put_in_place
 from distseg.data.regions import box_and_voxels, count_by_plane
+from distseg.data.scan_files import count_files, lacking
 from distseg.data.values import INT16_OR_FLOAT, Narrowest, fits_int16, nonzero_mean_and_sd, slabs
 from distseg.data.volume import Geometry, Spacing, Volume, resample_box, target_geometry
 from distseg.errors import DataError
@@ -104,7 +105,7 @@ def convert_scan(task: ScanTask) -> Converted:
                 native = (label, volume.geometry) if resampled else None
                 write_labels(group, annotation=annotation, stored=stored, native=native, classes=task.classes)
             write_samples(group, voxels, intensities)
-            group.update_attributes(attrs)
+            group.update_attributes({**attrs, "files": count_files(staged)})
             group.update_attributes({"complete": True})
             put_in_place(staged, as_place(task.cohort) / case.scan_id)
     return Converted(record_of(case.scan_id, attrs), written=True)
@@ -138,11 +139,13 @@ def _already_there(known: Known, *, case: Case, image_sha256: str, label_sha256:
 
 
 def _is_whole(scan: Path, record: ScanRecord) -> bool:
-    """Whether the store holds what the index says: behind a URL a replacement or removal may have been cut off."""
+    """Whether the store holds what the index says: a replacement behind a URL may have been cut off, or a copy of the
+    store."""
     attrs = read_attrs(scan)
     if attrs is None or attrs.get("complete") is not True:
         return False
-    return (attrs.get("sha256"), attrs.get("label_sha256")) == (record.sha256, record.label_sha256)
+    same = (attrs.get("sha256"), attrs.get("label_sha256")) == (record.sha256, record.label_sha256)
+    return same and lacking(scan, attrs.get("files", {})) is None
 
 
 def _on_stored_grid(

@@ -1,6 +1,6 @@
 """The output of distseg label as it is read: who made it, which scans are done, where their files are.
 
-    OUT/ledger.jsonl          {"format", "identity"}, then a line an event; {"done": id, "version": ..., ...facts}
+    OUT/ledger.jsonl          {"format", "identity", "cohort"}, then a line an event; {"done": id, "version", ...facts}
     OUT/ledger/0000000.jsonl  behind a URL the same lines in pieces, as no object can be appended to
     OUT/masks/ID.nii.gz       classes; OUT/trust/ID.nii.gz: 64 x code + confidence 0..63
 
@@ -28,6 +28,8 @@ CODE_STEP = 64  # of a trust map: 64 x code + confidence
 CONFIDENCE_STEPS = 63  # the largest confidence
 NO_LABEL = 2 * CODE_STEP  # of a voxel that lost its label: rejected, at confidence 0
 PIECES = "ledger"
+REVIEW = ("scans.csv", "next_to_label.csv", "review.html")
+_TEXTS = {"format": (), "done": ("done", "version"), "failed": ("failed",)}  # of each kind of line, by its key
 _PIECE = re.compile(r"\d{7,}\.jsonl")
 
 
@@ -51,12 +53,33 @@ def pieces(output: Path) -> list[str]:
     return sorted(filter(_PIECE.fullmatch, _names(output / PIECES)), key=lambda name: (len(name), name))
 
 
+def is_begun(output: Path) -> bool:
+    """Whether there is a ledger with something in it."""
+    return next(_lines(output), None) is not None
+
+
+def others_files(output: Path) -> list[str]:
+    """What lies where a labelling writes; of an output that is not begun, somebody else's."""
+    reviews = [name for name in REVIEW if (output / name).exists()]
+    return [*(f"{kind}/{name}" for kind in KINDS for name in sorted(_names(output / kind))), *reviews]
+
+
 def read_identity(output: Path) -> dict[str, Any]:
     """Of the labelling in OUT. Raises DataError where there is none."""
+    identity: dict[str, Any] = _head(output)["identity"]
+    return identity
+
+
+def read_cohort(output: Path) -> str | None:
+    """What was labelled, as a hash of its path, where the ledger says so. Raises DataError where there is no ledger."""
+    cohort = _head(output).get("cohort")
+    return cohort if isinstance(cohort, str) else None
+
+
+def _head(output: Path) -> dict[str, Any]:
     line = next((line for line in _lines(output) if "format" in line), {})
-    identity = line.get("identity")
-    if line.get("format") == FORMAT and isinstance(identity, dict):
-        return identity
+    if line.get("format") == FORMAT and isinstance(line.get("identity"), dict):
+        return line
     raise DataError("no output of distseg label", where=output, rule="it holds a ledger, masks/ and trust/")
 
 
@@ -87,15 +110,19 @@ def _lines(output: Path) -> Iterator[dict[str, Any]]:
                 yield from _parsed(part, content)
 
 
+def _texts_of(line: dict[str, Any]) -> tuple[str, ...]:
+    return next((texts for kind, texts in _TEXTS.items() if kind in line), ("done",))
+
+
 def _parsed(file: Path, lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.endswith(b"\n"):
             return
         try:
             found = json.loads(line)
-            if not isinstance(found, dict):
-                raise ValueError(f"{type(found).__name__}, not an object")
+            if not isinstance(found, dict) or not all(isinstance(found.get(key), str) for key in _texts_of(found)):
+                raise ValueError(f"no such event, {line[:80]!r}")
         except ValueError as error:
             fix = "take another output=, or delete the line; its scan is labelled again"
-            raise DataError("line is not JSON", where=f"{file}:{number}", value=error, fix=fix) from error
+            raise DataError("damaged line of the ledger", where=f"{file}:{number}", value=error, fix=fix) from error
         yield found

@@ -85,6 +85,21 @@ def look_at(place: str, *, key: str) -> None:
         reachable(place, key=key)
 
 
+def not_in_store(place: str | Path, *, key: str) -> None:
+    """Raises InputError, which names `key`, for a place in a Zarr store: a cohort is for scans alone."""
+    path = as_place(place, key=key)
+    for folder in (path, *path.parents):
+        if _is_store(folder):
+            fix = f"choose another {key}="
+            raise InputError("inside a Zarr store", where=key, value=place, rule=f"{folder} is one", fix=fix)
+
+
+def _is_store(folder: Path) -> bool:
+    with contextlib.suppress(OSError), os_errors():  # what we may not look into is no store of ours
+        return (folder / "zarr.json").exists()
+    return False
+
+
 @contextlib.contextmanager
 def os_errors() -> Iterator[None]:
     """Around a request: what a backend raises becomes an OSError, so that who asks can outlive it."""

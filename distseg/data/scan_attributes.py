@@ -28,6 +28,8 @@ def parse_all(attrs: Mapping[str, Any]) -> None:
             raise ValueError(f"box {box}")
     for entry in attrs["foreground"].values():
         int(entry["value"]), int(entry["count"])
+    for name, count in attrs.get("files", {}).items():
+        str(name), int(count)
     numbers = [float(attrs["intensity"][name]) for name in ("minimum", "nonzero_mean", "nonzero_sd")]
     if not np.isfinite(numbers).all():
         raise ValueError(f"intensity {numbers}")

@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,6 +67,15 @@ class ModelInfo:
     def whole_values(self, components: str) -> tuple[int, ...]:
         """Label values of which masks keep the largest component; `components` is model or all (none is filtered)."""
         return tuple(self.class_names.index(name) for name in self.whole) if components == "model" else ()
+
+    def of_others(self, modalities: Iterable[str]) -> str | None:
+        """What a user should be told where scans are of another modality than those the model was trained on."""
+        every = list(modalities)
+        others = sorted({modality for modality in every if modality not in (self.modality, "unknown")})
+        if not others or self.modality in ("unknown", "mixed"):
+            return None
+        count = sum(modality in others for modality in every)
+        return f"{count} of {len(every)} scans are {' or '.join(others)}, the model was trained on {self.modality}"
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ class TeacherPasses:
     def over(self, windows: Sequence[Tensor], numbers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """(index, [K + 1, pZ, pY, pX]) of each window [pZ, pY, pX]: mean probabilities and, last, entropy in nats.
 
-        A window of one value (air, clipped) shows the network nothing: its passes are drawn once a scan and value.
+        A window of one value (air, clipped) shows the network nothing: its passes are drawn once a scan and value, so
+        that what is left out is drawing them again. No other window is skipped.
         """
         varied = []
         for i, window in enumerate(windows):

@@ -15,6 +15,7 @@ from distseg.data.convert import record_of
 from distseg.data.limits import needing_room
 from distseg.data.place import folders, is_url, write_text
 from distseg.data.publish import take_out
+from distseg.data.scan_files import lacking
 from distseg.errors import DataError
 from distseg.work.line_file import write_lines
 from distseg.work.owner import Owner, owning
@@ -37,7 +38,7 @@ def _group_node(attributes: Mapping[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Reconciled:
     """The records that index and store now agree on, ids of the incomplete scans deleted, and what else lies in the
-    store, untouched, as (folder's name, one line why)."""
+    store, untouched, as (folder's name, one line why); a scan that lacks files is among the records too."""
 
     records: dict[str, ScanRecord] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
@@ -67,6 +68,10 @@ def reconcile(cohort: Path, *, trust_index: bool) -> Reconciled:
             continue
         if record is not None:
             records[folder.name] = record
+            lacks = lacking(folder, (read_attrs(folder) or {}).get("files", {}))
+            if lacks is not None:
+                told = DataError("the scan is not all there", value=lacks, fix="copy the store or ingest it again")
+                found.left.append((folder.name, str(told)))
         else:
             take_out(folder)
             found.dropped.append(folder.name)

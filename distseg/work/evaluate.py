@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from distseg.data.cohort import Cohort, Scan
 from distseg.data.place import as_place
 from distseg.errors import FinishedWithFailures, InputError
@@ -60,6 +62,9 @@ def evaluate_run(
     folder = _target(as_place(run, key="run"), name)
     _check_classes(model.class_names, opened.class_names)
     chosen, skipped = _choose_scans(opened, split)
+    others = model.info.of_others(record.modality for record in opened.records if record.scan_id in set(chosen))
+    if others:
+        Console(stderr=True).print(f"note: {others}", highlight=False)
     threads = max(1, available_cores() // executor.workers)
     tasks = [_Task(run, fingerprint, opened.scan(scan_id), network, overlap, components, threads) for scan_id in chosen]
     with filling(folder) as partial:

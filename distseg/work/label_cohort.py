@@ -12,6 +12,7 @@ then set aside with its reason; the next call tries it anew.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ from rich.console import Console
 
 from distseg.config.verbs import LabelSectionConfig
 from distseg.data.carry import OWNER, patiently
+from distseg.data.label_output import read_cohort
 from distseg.data.place import is_url, reachable
+from distseg.errors import InputError, RunMismatchError
 from distseg.inference.label_scan import LabelRule
 from distseg.inference.model import Model
 from distseg.inference.whole_scan import cached_model, model_fingerprint
@@ -38,6 +41,7 @@ from distseg.work.url_ledger import open_ledger
 from distseg.work.url_owner import owning_folder
 
 SALT = "dicom"
+UNTOLD = "the command said why, which may hold a name"
 
 
 @dataclass
@@ -67,17 +71,30 @@ def label_cohort(
     folder = reachable(output, key="output")
     sources = find_sources(cohort, only=settings.only, salt=lambda: cohort_salt(folder / SALT))
     rule = rule_of(settings, model.info)
+    _check_place(folder, cohort, sources)
     _say_how(model, sources)
     with _owning(folder) as owner:
-        ledger = open_ledger(folder, _identity(fingerprint, model, rule, overlap=settings.overlap))
+        ledger = open_ledger(folder, _identity(fingerprint, model, rule, overlap=settings.overlap), _hidden(cohort))
         try:
+            _check_cohort(folder, cohort, sources, ledger)
             report = LabelReport(output, set_aside=list(sources.failures))
             todo = [scan for scan in sources.scans if ledger.versions.get(scan.scan_id) != scan.version]
             report.done_before = len(sources.scans) - len(todo)
             if report.done_before:
                 Console(stderr=True).print(f"{report.done_before} of {len(sources.scans)} scans are done and kept")
             task = _task_maker(run, fingerprint, ledger, rule, settings.overlap, executor)
-            _label(todo, task, labeller, executor, ledger, owner, report, attempts=settings.attempts, progress=progress)
+            _label(
+                todo,
+                task,
+                labeller,
+                executor,
+                ledger,
+                owner,
+                report,
+                attempts=settings.attempts,
+                has_names=sources.has_names,
+                progress=progress,
+            )
         finally:
             ledger.close()
         write_review(
@@ -87,9 +104,33 @@ def label_cohort(
             model=model,
             settings=settings,
             executor=executor,
-            set_aside=report.set_aside,
+            set_aside=_without_names(report.set_aside, sources),
         )
     return report
+
+
+def _check_place(output: Path, cohort: str, sources: Sources) -> None:
+    if (output / "config.yaml").exists() or (output / "model").exists():
+        raise InputError("a run lives here", where="output", value=output, fix="choose another output=")
+    if sources.has_names and not is_url(output) and output.is_relative_to(cohort):
+        rule = "NIfTI files below a DICOM folder are taken for labels of its series"
+        raise InputError("inside the DICOM folder", where="output", value=output, rule=rule, fix="choose one beside it")
+
+
+def _check_cohort(output: Path, cohort: str, sources: Sources, ledger: Ledger) -> None:
+    """Another cohort whose ids are the same would take the place of this output's, scan by scan."""
+    if read_cohort(output) in (None, _hidden(cohort)):
+        return
+    others = [s.scan_id for s in sources.scans if ledger.versions.get(s.scan_id, s.version) != s.version]
+    if others:
+        rule = f"it has other images under {len(others)} of the ids, {others[0]} among them"
+        fix = "take another output="
+        raise RunMismatchError("this output is of another cohort", where=output, rule=rule, fix=fix)
+
+
+def _hidden(cohort: str) -> str:
+    """A path, to be known again: folders may be named after patients."""
+    return hashlib.sha256(cohort.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _owning(output: Path) -> AbstractContextManager[Owner]:
@@ -108,6 +149,7 @@ def _label(
     report: LabelReport,
     *,
     attempts: int,
+    has_names: bool,
     progress: bool,
 ) -> None:
     """Rounds over what is to do; what fails in one is the next one's, until the last says that it is set aside."""
@@ -125,11 +167,19 @@ def _label(
                 else:
                     why = outcome.error or "no reason given"
                     failed[outcome.key] = why
-                    ledger.fail(outcome.key, attempt=attempt, why=why)
+                    ledger.fail(outcome.key, attempt=attempt, why=UNTOLD if has_names else why)
             todo = [scan for scan in todo if scan.scan_id in failed]
             if not todo:
                 return
     report.set_aside += sorted(failed.items())
+
+
+def _without_names(set_aside: Sequence[tuple[str, str]], sources: Sources) -> list[tuple[str, str]]:
+    """As the review may say it: folders and files of DICOM may be named after patients, ids are not."""
+    if not sources.has_names:
+        return list(set_aside)
+    ids = {scan.scan_id for scan in sources.scans}
+    return [(name if name in ids else "a series without an id", UNTOLD) for name, _ in set_aside]
 
 
 def _tasks(todo: Sequence[ScanSource], task: Callable[[ScanSource], LabelTask]) -> Iterator[LabelTask]:
@@ -170,5 +220,10 @@ def _say_how(model: Model, sources: Sources) -> None:
             " and are marked so in trust/",
             highlight=False,
         )
+    wanted = {scan.scan_id for scan in sources.scans}
+    records = sources.cohort.records if sources.cohort else []
+    others = model.info.of_others(record.modality for record in records if record.scan_id in wanted)
+    if others:
+        Console(stderr=True).print(f"note: {others}", highlight=False)
     for name, why in sources.failures:
         Console(stderr=True).print(f"note: {name}: {why}", highlight=False, markup=False)

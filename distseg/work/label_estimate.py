@@ -64,13 +64,17 @@ def estimate_label(config: LabelConfig) -> LabelEstimate:
     model, _ = cached_model(config.run, fingerprint)
     sources = find_sources(config.cohort, only=config.label.only)
     seen = sources.scans if sources.cohort else _evenly(sources.scans, MOST_READ)
-    grids = [grid_of(scan) for scan in seen]
+    looked, failed = [attempt(grid_of, scan, scan.scan_id) for scan in seen], list[tuple[str, str]]()
+    failed += [(outcome.key, outcome.error) for outcome in looked if outcome.error]
+    seen = [scan for scan, outcome in zip(seen, looked, strict=True) if outcome.value]
+    if not seen:
+        raise FinishedWithFailures("no scan could be looked at", failed)
+    grids = [outcome.value for outcome in looked if outcome.value]
     windows = np.asarray([_windows(model, grid, overlap=config.label.overlap) for grid in grids])
     voxels = np.asarray([math.prod(shape) for shape, _ in grids])
     scale = len(sources.scans) / len(seen)
     near_median = np.argsort(np.abs(windows - np.median(windows)), kind="stable")[:SAMPLE_SCANS]
     seconds, nbytes, sampled = 0.0, 0, []
-    failed = []
     for i in near_median:
         measured = _measure(config, fingerprint, model, seen[i])
         if isinstance(measured, str):

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy import ndimage
 
+from distseg.data.arrays import StoredArray
 from distseg.data.cohort import Cohort, Scan, ScanRecord
 from distseg.data.place import join
 from distseg.errors import InputError
-from distseg.inference.components import TOUCHING
+from distseg.inference.components import Components
 from distseg.training.remote_run import readable_run
 
 MOST_SCANS = 50  # whose annotation is opened to count pieces
+SLAB = 64  # planes, of which the store's chunks are
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,19 @@ def reference_of(run: str, cohort: Cohort | None, class_names: Sequence[str]) ->
         annotation = Scan(join(home.path, record.scan_id), record.scan_id).annotation
         if annotation is None:
             continue
-        mask = np.asarray(annotation[...])
-        for value, name in enumerate(class_names):
-            if value:
-                most[name] = max(most[name], int(ndimage.label(mask == value, structure=TOUCHING)[1]))
+        for name, pieces in _pieces(annotation, class_names[1:]).items():
+            most[name] = max(most[name], pieces)
     return Reference(volumes, most), None
+
+
+def _pieces(annotation: StoredArray, names: Sequence[str]) -> dict[str, int]:
+    """Of the classes 1, 2, ..., slab by slab: an annotation may be as large as a scan."""
+    found = {name: Components() for name in names}
+    for z in range(0, annotation.shape[0], SLAB):
+        slab = np.asarray(annotation[z : min(z + SLAB, annotation.shape[0])])
+        for value, components in enumerate(found.values(), start=1):
+            components.add(slab == value)
+    return {name: components.count for name, components in found.items()}
 
 
 def _of_run(run: str) -> tuple[Cohort, list[ScanRecord]] | None:

@@ -24,6 +24,7 @@ from distseg.data.carry import write_file
 from distseg.data.keys import Purpose, generator
 from distseg.data.label_output import read_ledger
 from distseg.data.place import is_url, write_text
+from distseg.errors import DataError
 from distseg.evaluation.distrust import expected_error, next_to_label, random_with_foreground, volume_deviation
 from distseg.evaluation.review_page import ReviewContent, render_review
 from distseg.inference.model import Model
@@ -98,7 +99,14 @@ def read_facts(output: Path, wanted: set[str]) -> Facts:
     for line in read_ledger(output):
         scan_id = line.get("done")
         if scan_id in wanted:
-            found[scan_id] = _numbers(line), _lists(line)
+            try:
+                found[scan_id] = _numbers(line), _lists(line)
+            except (KeyError, TypeError, ValueError) as error:
+                what, fix = (
+                    f"damaged line of the ledger: {type(error).__name__} {error}",
+                    "delete the line of that scan",
+                )
+                raise DataError(what, where=output, value=scan_id, fix=f"{fix}; it is labelled again") from error
     scan_ids = sorted(found)  # the ledger's order is that in which work was done: not the same twice
     numbers, lists = ([found[scan_id][part] for scan_id in scan_ids] for part in (0, 1))
     columns = np.asarray(numbers, np.float64).reshape(len(numbers), len(_COLUMNS))

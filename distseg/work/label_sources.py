@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,13 @@ class OpenScan:
 
 @dataclass(frozen=True)
 class Sources:
-    """`cohort` is None for a folder. `failures`: (name, why) of what in a folder is no scan."""
+    """`cohort` is None for a folder. `failures`: (name, why) of what in a folder is no scan. `has_names`: they, and
+    reasons why a scan fails, may hold names of patients, as folders and files of DICOM do."""
 
     scans: list[ScanSource]
     cohort: Cohort | None
     failures: list[tuple[str, str]]
+    has_names: bool = False
 
 
 def find_sources(where: str, *, only: str, salt: Salt | None = None) -> Sources:
@@ -66,7 +69,7 @@ def find_sources(where: str, *, only: str, salt: Salt | None = None) -> Sources:
     if not scans and not found.failures:
         rule = "label.only=unlabelled leaves annotated scans out" if found.scans else "at least one scan"
         raise InputError("nothing to label", where="cohort", value=where, rule=rule)
-    return Sources(scans, found.cohort, found.failures)
+    return dataclasses.replace(found, scans=scans)
 
 
 def open_scan(source: ScanSource) -> OpenScan:
@@ -102,7 +105,7 @@ def _stored(path: Path, record: ScanRecord) -> ScanSource:
 def _from_folder(path: Path, salt: Salt | None) -> Sources:
     if not path.is_dir():
         raise InputError("no cohort and no folder of images there", where="cohort", value=path)
-    found = discover(path) if salt is None else discover(path, salt=salt)
+    found = discover(path, only_images=True) if salt is None else discover(path, only_images=True, salt=salt)
     scans = [
         ScanSource(
             case.scan_id,
@@ -115,7 +118,7 @@ def _from_folder(path: Path, salt: Salt | None) -> Sources:
         )
         for case in found.cases
     ]
-    return Sources(scans, None, list(found.failures))
+    return Sources(scans, None, list(found.failures), has_names=found.kind == "dicom")
 
 
 def _version(image: ImageSource) -> str:

@@ -1,6 +1,6 @@
 """The ledger of a labelling: what is done, appended by the driver alone, and the step that makes a scan done.
 
-    OUT/ledger.jsonl       {"format", "identity"}, then a line an event:
+    OUT/ledger.jsonl       {"format", "identity", "cohort"}, then a line an event:
                            {"done": id, "version": of the image, "staged": folder, ...facts}
                            {"failed": id, "attempt": n, "why": one line}
     OUT/.staging/TOKEN/    finished files of one driver's workers, before they are committed
@@ -32,12 +32,13 @@ from distseg.data.label_output import (
     SUFFIX,
     committed,
     committed_path,
+    is_begun,
     ledger_path,
-    pieces,
+    others_files,
     read_identity,
     read_ledger,
 )
-from distseg.errors import RunMismatchError
+from distseg.errors import InputError, RunMismatchError
 
 FSYNC_EVERY_S = 1.0
 _CHUNK_NBYTES = 1 << 16
@@ -49,25 +50,25 @@ class Ledger:
     `versions`: id -> version of the image, of every scan that is done and whose files are there.
     """
 
-    def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
-        """Raises RunMismatchError, with the difference, where OUT holds what another identity made."""
+    def __init__(self, output: Path, identity: Mapping[str, Any], cohort: str) -> None:
+        """Raises RunMismatchError, with the difference, where OUT holds what another identity made, InputError where it
+        holds what no labelling did."""
         self._output, self._file_name = output, ledger_path(output)
+        cut_torn_line(self._file_name)
+        new = not is_begun(output)
+        check_output(output, identity, new=new)
         for kind in KINDS:
             (output / kind).mkdir(parents=True, exist_ok=True)
-        cut_torn_line(self._file_name)
-        begun = self._file_name.exists() and self._file_name.stat().st_size > 0
-        new = not begun and not pieces(output)
-        if not new:
-            check_identity(output, identity)
         self.versions = self._recovered()
         self._staging = output / ".staging" / uuid.uuid4().hex[:12]
         self._staging.mkdir(parents=True)
+        self._committing = False
         self.staging = str(self._staging)
         self._file = open(self._file_name, "ab")  # noqa: SIM115  # closed by close()
         self._synced = time.monotonic()
         if new:
             try:
-                self._append({"format": FORMAT, "identity": dict(identity)})
+                self._append({"format": FORMAT, "identity": dict(identity), "cohort": cohort})
             except OSError:
                 with contextlib.suppress(OSError):
                     self._file.close()
@@ -76,9 +77,11 @@ class Ledger:
     def commit(self, scan_id: str, version: str, facts: Mapping[str, Any]) -> None:
         """Make a scan done whose files wait in `staging`."""
         line = {"done": scan_id, "version": version, "staged": self._staging.name, **facts}
+        self._committing = True
         self._append(line)
         for kind in KINDS:
             os.replace(staged_path(self._staging, kind, scan_id), committed_path(self._output, kind, scan_id))
+        self._committing = False
 
     def fail(self, scan_id: str, *, attempt: int, why: str) -> None:
         self._append({"failed": scan_id, "attempt": attempt, "why": why})
@@ -90,7 +93,8 @@ class Ledger:
         finally:
             with contextlib.suppress(OSError):  # on a full disk, what the flush has told already
                 self._file.close()
-            shutil.rmtree(self._staging.parent, ignore_errors=True)
+            if not self._committing:  # else a commit was cut off, and the next driver rolls it forward
+                shutil.rmtree(self._staging.parent, ignore_errors=True)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         """Out of this process at once, so that killing it loses nothing; on the disk within a second."""
@@ -129,11 +133,18 @@ def staged_path(staging: Path, kind: str, scan_id: str) -> Path:
     return staging / kind / (scan_id + SUFFIX)
 
 
-def check_identity(output: Path, identity: Mapping[str, Any]) -> None:
-    """Raises RunMismatchError, with the difference, where OUT holds what another identity made."""
-    old, new = read_identity(output), dict(identity)
-    changed = sorted(key for key in old | new if old.get(key) != new.get(key))
-    differences = [f"{key}: {old.get(key)} there, {new.get(key)} asked" for key in changed]
+def check_output(output: Path, identity: Mapping[str, Any], *, new: bool) -> None:
+    """Raises as Ledger does. `new`: OUT has no ledger yet."""
+    strangers = others_files(output) if new else []
+    if strangers:
+        rule = "files that no distseg label made would be overwritten"
+        fix = "take another output=, or move them away"
+        raise InputError("not an output of distseg label", where=output, value=strangers[0], rule=rule, fix=fix)
+    if new:
+        return
+    there = read_identity(output)
+    changed = sorted(key for key in {**there, **identity} if there.get(key) != identity.get(key))
+    differences = [f"{key}: {there.get(key)} there, {identity.get(key)} asked" for key in changed]
     if differences:
         raise RunMismatchError(
             "this output was labelled otherwise",

@@ -13,34 +13,33 @@ from pathlib import Path
 from typing import Any
 
 from distseg.data.carry import write_file
-from distseg.data.label_output import FORMAT, PIECES, committed, pieces, read_ledger
+from distseg.data.label_output import FORMAT, PIECES, committed, is_begun, pieces, read_ledger
 from distseg.data.place import is_url
-from distseg.work.ledger import Ledger, check_identity
+from distseg.work.ledger import Ledger, check_output
 
 PIECE_LINES = 100  # some 100 kB: little to put with each line, and 10 000 pieces for a million scans
 
 
-def open_ledger(output: Path, identity: Mapping[str, Any]) -> Ledger:
-    """That of OUT, on this file system or behind a URL. Raises RunMismatchError, see Ledger."""
-    return UrlLedger(output, identity) if is_url(output) else Ledger(output, identity)
+def open_ledger(output: Path, identity: Mapping[str, Any], cohort: str) -> Ledger:
+    """That of OUT, on this file system or behind a URL. Raises as they do."""
+    return (UrlLedger if is_url(output) else Ledger)(output, identity, cohort)
 
 
 class UrlLedger(Ledger):
     """`staging` is OUT itself. All waits for a store that is away, see data/carry.py, and raises InputError where it
     stays away."""
 
-    def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, identity: Mapping[str, Any], cohort: str) -> None:
         self._output, self.staging = output, str(output)
         self._piece: list[bytes] = []
-        there = pieces(output)
+        there, new = pieces(output), not is_begun(output)
         self._number = int(there[-1].removesuffix(".jsonl")) + 1 if there else 0
-        if there:
-            check_identity(output, identity)
+        check_output(output, identity, new=new)
         whole = committed(output)
         lines = (line for line in read_ledger(output) if line.get("done") in whole)
         self.versions = {line["done"]: line["version"] for line in lines}
-        if not there:
-            self._append({"format": FORMAT, "identity": dict(identity)})
+        if new:
+            self._append({"format": FORMAT, "identity": dict(identity), "cohort": cohort})
 
     def commit(self, scan_id: str, version: str, facts: Mapping[str, Any]) -> None:
         """Make a scan done whose files are there."""

@@ -2,7 +2,8 @@
 
 By default phantoms at 4 mm and an untrained network of preset `small` (32^3, overlap 0.5, M = 5) with a bank of its own
 embeddings, its threshold set so that 0.5 % of the voxels are in doubt; with --trained and --cohort a run's model on up
-to 20 scans of a cohort at its spacing (--scans: fewer). One thread a process; what is compared is timed in turns. Keys:
+to 20 scans of a cohort at its spacing (--scans: fewer), overlap 0.25, once each. One thread a process; what is compared
+is timed in turns. Keys:
   label.share_of_network_speed   seconds of the very same batches of windows, passes and generators, and nothing else /
                                  seconds of `label_cohort` on the scans: reading, blending, matching, writing, ledger
   label.share_of_network_cpu     the same in CPU time of the process: what a busy machine cannot blur, and what one core
@@ -13,7 +14,8 @@ to 20 scans of a cohort at its spacing (--scans: fewer). One thread a process; w
                                  filter
   label.plain_over_ours_cpu      the same in CPU time
   label.plain_voxels_per_s       of the script
-  label.same_as_plain            share of voxels with the same label; passes draw other dropout and noise
+  label.same_as_plain            share of the voxels of up to 5 scans with the same label; passes draw other dropout
+                                 and noise
   label.same_as_plain_quiet      the same with dropout and noise of 0 in both: what differs is Gaussian weights near a
                                  window's corner, and float32 sums in another order
   label.foreground_dice_quiet    of those masks, all foreground as one: most voxels are air, which nobody gets wrong
@@ -57,7 +59,7 @@ from distseg.work.executor import Executor, LocalExecutor
 from distseg.work.label_cohort import label_cohort
 from distseg.work.label_task import label_one
 
-SPACING_MM, PHANTOMS, MOST_SCANS = (4.0, 4.0, 4.0), 3, 20
+SPACING_MM, PHANTOMS, MOST_SCANS, COMPARED_SCANS = (4.0, 4.0, 4.0), 3, 20, 5
 DOUBTFUL = 0.005
 
 
@@ -66,7 +68,7 @@ def run(
 ) -> dict[str, float]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with tempfile.TemporaryDirectory(prefix="distseg-bench-") as scratch:
-        keys = Bench(Path(scratch), trained, cohort, scans).shares(rounds)
+        keys = Bench(Path(scratch), trained, cohort, scans).shares(1 if trained else rounds)
     Console().print({key: round(value, 4) for key, value in keys.items()})
     return keys
 
@@ -80,7 +82,7 @@ class Bench:
         self.images.mkdir()
         self.settings = LabelSectionConfig(review_scans=0, attempts=1)
         if trained is not None and cohort is not None:
-            self.run = trained
+            self.run, self.settings.overlap = trained, 0.25
             self._write_cohort(Cohort.open(cohort), scans or MOST_SCANS)
         else:
             self.run = untrained_run(scratch)
@@ -106,6 +108,7 @@ class Bench:
         for _ in range(rounds):  # interleaved: a machine that drifts drifts for all alike
             for name, function in work.items():
                 seconds[name].append(_timed(function))
+                print(name, seconds[name][-1], flush=True)
         median, cpu = (
             {name: statistics.median(t[i] for t in taken) for name, taken in seconds.items()} for i in (0, 1)
         )
@@ -127,9 +130,14 @@ class Bench:
 
     def _agreement(self, settings: LabelSectionConfig) -> tuple[float, float]:
         """Share of voxels that the script labels as we do, and Dice of the two foregrounds."""
-        self.label(settings)
+        some = self.scratch / "compared"
+        if not some.exists():
+            some.mkdir()
+            for image in sorted(self.images.iterdir())[:COMPARED_SCANS]:
+                os.link(image, some / image.name)
+        self.label(settings, cohort=some)
         same = voxels = both = either = 0
-        for image in sorted(self.images.iterdir()):
+        for image in sorted(some.iterdir()):
             ours = read_nifti(self.scratch / f"out_{self.outputs - 1}" / "masks" / image.name).array
             plain = self._plain(image)
             same, voxels = same + int((ours == plain).sum()), voxels + plain.size

@@ -141,7 +141,7 @@ def _million(scratch: str, sender: Any, scans: int) -> None:
 
     def work() -> None:
         begun = time.perf_counter()
-        ledger = Ledger(output, identity)
+        ledger = Ledger(output, identity, "stubs")
         seconds.append(time.perf_counter() - begun)
         ledger.close()
 

@@ -318,7 +318,7 @@ def test_what_a_dead_drivers_worker_still_writes_is_never_shown(
 def test_a_damaged_ledger_is_said(run: str, cohort_path: str, tmp_path: Path) -> None:
     (tmp_path / "o").mkdir()
     (tmp_path / "o/ledger.jsonl").write_text("nonsense\n")
-    with pytest.raises(DataError, match=r"ledger\.jsonl:1: line is not JSON"):
+    with pytest.raises(DataError, match=r"ledger\.jsonl:1: damaged line of the ledger"):
         label(run, cohort_path, tmp_path / "o")
     (tmp_path / "o/ledger.jsonl").write_text(json.dumps({"format": 99}) + "\n")
     with pytest.raises(DataError, match="no output of distseg label"):

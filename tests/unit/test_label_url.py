@@ -110,11 +110,11 @@ def test_an_image_that_changed_is_labelled_anew(run: str, cohort_path: str) -> N
     label(run, cohort_path)
     before = fsspec.filesystem("memory").cat(f"{URL}/trust/b.nii.gz")
     fsspec.filesystem("memory").rm(f"{URL}/masks/b.nii.gz")
-    ledger = open_ledger(as_place(URL), read_identity(as_place(URL)))
+    ledger = open_ledger(as_place(URL), read_identity(as_place(URL)), cohort_path)
     assert sorted(ledger.versions) == sorted(set(ALL) - {"b"})
     line = next(line for line in read_ledger(as_place(URL)) if line.get("done") == "d")
     ledger.commit("d", "another", {key: line[key] for key in line.keys() - {"done", "version"}})
-    assert open_ledger(as_place(URL), read_identity(as_place(URL))).versions["d"] == "another"
+    assert open_ledger(as_place(URL), read_identity(as_place(URL)), cohort_path).versions["d"] == "another"
     calls: list[str] = []
 
     def counted(task: LabelTask) -> Labelled:

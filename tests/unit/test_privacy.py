@@ -93,6 +93,12 @@ def test_no_tag_name_or_path_leaves_the_source(
     assert capsys.readouterr().err.count(NAME) == 2  # the broken series is named to who ran it: its folder, its file
     assert main(["train", f"cohort={cohort}", f"run={run}", *TRAIN]) == 0
     assert main(["evaluate", f"cohort={cohort}", f"run={run}", "split=all", *local]) == 0
+    for where, output in ((cohort, "of_cohort"), (source, "of_folder")):
+        keys = [f"run={run}", f"cohort={where}", f"output={tmp_path / 'made' / output}", "label.passes=2"]
+        assert main(["label", *keys, *local]) == (0 if where == cohort else 3)
+        assert (tmp_path / "made" / output / "review.html").is_file()
+        if where == source:
+            assert NAME in capsys.readouterr().err  # the broken series again, to who ran it
     said = capsys.readouterr()
     assert (run / "evaluation/all/report.html").is_file()
     lines = [json.loads(line) for line in sources_path(cohort).read_text().splitlines()]

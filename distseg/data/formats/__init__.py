@@ -44,18 +44,21 @@ def _no_salt() -> bytes:
     return secrets.token_bytes(16)
 
 
-def discover(source: str | Path, *, structures: Sequence[str] | None = None, salt: Salt = _no_salt) -> Source:
+def discover(
+    source: str | Path, *, structures: Sequence[str] | None = None, only_images: bool = False, salt: Salt = _no_salt
+) -> Source:
     """What there is to ingest under `source`; no case, but failures, where none of its cases can be used.
 
-    structures: masks, segments or ROIs that become the classes 1, 2, ..., where the layout has such. salt: gives the
-    key that ids of DICOM series are hashed with; asked for only where there are any. Raises InputError / DataError for
+    structures: masks, segments or ROIs that become the classes 1, 2, ..., where the layout has such. only_images: a
+    case's label is only there or not, and is not read. salt: gives the key that ids of DICOM series are hashed with;
+    asked for only where there are any. Raises InputError / DataError for
     a source unusable as a whole, a folder without any case included.
     """
     root = Path(source)
     if not root.is_dir():
         fix = "give a folder of NIfTI or DICOM, or one of the layouts in the README"
         raise InputError("no such folder", where="source", value=root, fix=fix)
-    found = _discover(root, structures, salt)
+    found = _discover(root, structures, only_images, salt)
     if not found.cases and not found.failures:
         rule = "a folder of *.nii.gz or DICOM series, nnU-Net raw, Medical Segmentation Decathlon or TotalSegmentator"
         raise InputError("no image found", where=root, rule=rule, fix="check source=")
@@ -65,7 +68,7 @@ def discover(source: str | Path, *, structures: Sequence[str] | None = None, sal
     return found
 
 
-def _discover(root: Path, structures: Sequence[str] | None, salt: Salt) -> Source:
+def _discover(root: Path, structures: Sequence[str] | None, only_images: bool, salt: Salt) -> Source:
     if (root / "dataset.json").is_file():
         dataset = read_json(root / "dataset.json")
         return discover_decathlon(root, dataset) if is_decathlon(root, dataset) else discover_nnunet(root, dataset)
@@ -73,9 +76,9 @@ def _discover(root: Path, structures: Sequence[str] | None, salt: Salt) -> Sourc
         rule = "an nnU-Net raw folder has dataset.json with channel_names and labels"
         raise DataError("imagesTr without dataset.json", where=root, rule=rule, fix="add dataset.json")
     if is_totalsegmentator(root):
-        return discover_totalsegmentator(root, structures)
+        return discover_totalsegmentator(root, structures, only_images=only_images)
     if any_dicom(root):
-        return discover_dicom(root, structures, salt)
+        return discover_dicom(root, structures, salt, only_images=only_images)
     by_name, failures = nifti_files(root)
     cases = {name: Case(safe_id(name), NiftiImage(path)) for name, path in by_name.items()}
     names_are = "a file's name without .nii or .nii.gz"

@@ -29,15 +29,16 @@ Salt = Callable[[], bytes]
 KINDS = {"segmentation": "DICOM-SEG", "contours": "RTSTRUCT"}
 
 
-def discover_dicom(root: Path, structures: Sequence[str] | None, salt: Salt) -> Source:
-    """Raises InputError where there are labels and `structures` is None; an empty list takes no labels."""
+def discover_dicom(root: Path, structures: Sequence[str] | None, salt: Salt, *, only_images: bool = False) -> Source:
+    """Raises InputError where there are labels and `structures` is None; an empty list takes no labels. `only_images`
+    asks which series have one, and no more."""
     found = find_series(root)
     failures = list(found.failures)
     labels: dict[str, list[LabelSource]] = {}
     if structures is None or structures:
         labels, label_failures = _labels(found, root, tuple(structures or ()))
-        failures += label_failures
-        if structures is None and (labels or label_failures):
+        failures += [] if only_images else label_failures
+        if structures is None and not only_images and (labels or label_failures):
             raise _which_classes(found)
     notes = list(found.notes)
     unnamed = sum(not series.uid for series in found.series)
@@ -48,7 +49,9 @@ def discover_dicom(root: Path, structures: Sequence[str] | None, salt: Salt) -> 
     key = salt() if found.series else b""
     for series in found.series:
         try:
-            case = Case(_scan_id(series, key), series.image, _one(labels.get(series.name, [])), None, series.name)
+            own = labels.get(series.name, [])
+            label = _one(own[:1] if only_images else own)
+            case = Case(_scan_id(series, key), series.image, label, None, series.name)
             if case.scan_id in taken:
                 raise DataError("the same files are there twice", value=f"as {taken[case.scan_id]}", fix="drop one")
         except DataError as error:

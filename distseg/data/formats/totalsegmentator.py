@@ -24,13 +24,14 @@ def is_totalsegmentator(root: Path) -> bool:
     return any(_images(folder) for folder in _folders(root))
 
 
-def discover_totalsegmentator(root: Path, structures: Sequence[str] | None) -> Source:
-    """Raises InputError where there are masks and `structures` is None; an empty list takes no labels."""
+def discover_totalsegmentator(root: Path, structures: Sequence[str] | None, *, only_images: bool = False) -> Source:
+    """Raises InputError where there are masks and `structures` is None; an empty list takes no labels. `only_images`
+    asks which cases have masks, and no more."""
     cases: dict[str, Case] = {}
     failures: Failures = []
     for folder in _folders(root):
         try:
-            cases[folder.name] = _case(folder, structures)
+            cases[folder.name] = _case(folder, structures, only_images)
         except DataError as error:
             failures.append((folder.name, str(error)))
     found = {case.image.modality for case in cases.values() if isinstance(case.image, NiftiImage)}
@@ -54,7 +55,7 @@ def _images(folder: Path) -> list[Path]:
     return [path for name in MODALITIES for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").is_file()]
 
 
-def _case(folder: Path, structures: Sequence[str] | None) -> Case:
+def _case(folder: Path, structures: Sequence[str] | None, only_images: bool) -> Case:
     images = _images(folder)
     if len(images) != 1:
         what = "more than one image" if images else "no image"
@@ -62,14 +63,16 @@ def _case(folder: Path, structures: Sequence[str] | None) -> Case:
         rule = "a case folder holds one ct.nii.gz or mri.nii.gz"
         raise DataError(what, where=folder.name, value=value, rule=rule)
     modality = MODALITIES[images[0].name.split(".")[0]]
-    return Case(safe_id(folder.name), NiftiImage(images[0], modality), _label(folder, structures))
+    return Case(safe_id(folder.name), NiftiImage(images[0], modality), _label(folder, structures, only_images))
 
 
-def _label(folder: Path, structures: Sequence[str] | None) -> LabelSource | None:
+def _label(folder: Path, structures: Sequence[str] | None, only_images: bool) -> LabelSource | None:
     masks_folder = folder / MASKS_FOLDER
     if not masks_folder.is_dir() or (structures is not None and not structures):
         return None
     masks, twice = nifti_files(masks_folder)
+    if only_images:
+        return NiftiMasks(masks_folder, tuple(sorted(masks.items()))) if masks else None
     if structures is None:
         if not masks:
             return None
