@@ -441,7 +441,8 @@ def export(
 ) -> ExportReport:
     """Write a run's network for use without distseg; what is written is read back and compared.
 
-    Raises InputError where `output` exists, ConfigError where format="onnx" lacks its packages (distseg[onnx]).
+    Raises InputError where `output` exists, is a run or cannot be written, ConfigError where format="onnx" lacks its
+    packages (distseg[onnx]).
     """
     return export_from_config(_config(ExportConfig, locals()))
 
@@ -472,7 +473,8 @@ def doctor(
 ) -> list[Finding]:
     """Check this machine, or every node of the cluster that RAY_ADDRESS names; one finding a check.
 
-    `storage` is a folder that every node should reach; `workers` and `gpus_per_worker` are those of the job to come.
+    `storage` is a folder or a URL that every node should reach; `workers` and `gpus_per_worker` are those of the job to
+    come.
     """
     resources = ResourcesConfig(workers=workers or 1, gpus_per_worker=gpus_per_worker or 0.0)
     return list(doctor_from_config(_config(DoctorConfig, locals(), resources=resources)))
@@ -480,7 +482,7 @@ def doctor(
 
 def doctor_from_config(config: DoctorConfig) -> Iterator[Finding]:
     """Findings as they are made."""
-    config = absolute(config, "storage")
+    config = absolute(config, "storage", urls=("storage",))
     if config.launcher == "local":
         from distseg.work.doctor import examine_machine
 

@@ -15,22 +15,21 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
-# The other FAISS has another version; both own one module, so only one is ever here.
-grep -v "^faiss-" "$root/constraints.txt" > "$out/constraints.txt"
-grep "^faiss-$extra==" "$root/constraints.txt" >> "$out/constraints.txt" || true
+cp "$root/constraints.txt" "$out/constraints.txt"
+extras=$extra,io,remote # readers of patches and DICOM, and s3:// for what the guides show
 index=()
 [ -z "${TORCH_INDEX:-}" ] || index=(--extra-index-url "$TORCH_INDEX")
-"$python" -m pip wheel --quiet "${index[@]}" --constraint "$out/constraints.txt" --wheel-dir "$out" "${root}[$extra]"
+"$python" -m pip wheel --quiet "${index[@]}" --constraint "$out/constraints.txt" --wheel-dir "$out" "${root}[$extras]"
 
 cat > "$out/install.sh" << INSTALL
 #!/bin/sh
-# usage: sh install.sh VENV    makes VENV with $("$python" --version) and installs distseg[$extra] from this folder alone
+# usage: sh install.sh VENV    makes VENV with $("$python" --version) and installs distseg[$extras] from this folder alone
 set -eu
 here=\$(cd "\$(dirname "\$0")" && pwd)
 (cd "\$here" && sha256sum --check --quiet SHA256SUMS)
 "\${PYTHON:-python3.11}" -m venv "\${1:?usage: sh install.sh VENV}"
 # an index or a folder that this site's pip is told of elsewhere is not asked
-PIP_CONFIG_FILE=/dev/null "\$1/bin/python" -m pip --isolated install --quiet --no-index --find-links "\$here" --constraint "\$here/constraints.txt" 'distseg[$extra]'
+PIP_CONFIG_FILE=/dev/null "\$1/bin/python" -m pip --isolated install --quiet --no-index --find-links "\$here" --constraint "\$here/constraints.txt" 'distseg[$extras]'
 "\$1/bin/distseg" doctor launcher=local storage="\$1"
 INSTALL
 (cd "$out" && sha256sum -- *.whl constraints.txt install.sh > SHA256SUMS)

@@ -271,7 +271,7 @@ class ExportConfig:
 class DoctorConfig:
     """`distseg doctor`. `resources` are those of the job you mean to start: the check is whether they fit."""
 
-    storage: str = "."  # a folder that every node should reach, e.g. the one where cohort and runs lie
+    storage: str = "."  # a folder or URL that every node should reach, e.g. the one where cohort and runs lie
     storage_mib: int = 64  # written and read on each node, then removed
     launcher: str = "ray"
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)

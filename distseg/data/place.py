@@ -21,8 +21,8 @@ from distseg.errors import ConfigError, InputError
 
 Config = TypeVar("Config")
 _MAY_BE_URLS = (
-    "cohort=, run= of train, evaluate, predict, label and export, output= of label, train.init_from= and"
-    " data.pseudo_labels="
+    "cohort=, run= of train, evaluate, predict, label and export, output= of label, storage= of doctor,"
+    " train.init_from= and data.pseudo_labels="
 )
 
 

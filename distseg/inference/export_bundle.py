@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import shutil
 import uuid
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 from distseg import __version__
 from distseg.errors import ConfigError, InputError
 from distseg.inference import keep_largest, run_grid_inferer
-from distseg.inference.export_graph import ExportReport, write_graph
+from distseg.inference.export_graph import ExportReport, check_no_run, check_output, write_graph, writing
 from distseg.inference.model import Model, ModelInfo
 from distseg.inference.whole_scan import WINDOWS_A_BATCH
 
@@ -37,28 +38,31 @@ needs monai, torch, nibabel, pytorch-ignite and fire. Masks lie in each file's o
 
 def export_bundle(model: Model, *, network: str, overlap: float, output: str) -> ExportReport:
     """Write the bundle into `output`, which must not exist; it appears whole or not at all. Raises ConfigError for
-    names that MONAI would evaluate."""
+    names that MONAI would evaluate, InputError for an `output` that cannot or must not be written."""
     _check_names(model.info)
+    check_output(output, format="monai_bundle")
     target = Path(output)
-    if target.exists():
+    check_no_run(target)
+    if os.path.lexists(target):
         raise InputError("exists already", where="output", value=target, fix="choose another output= or remove it")
     staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
-        for folder in ("configs", "models", "scripts", "docs"):
-            (staged / folder).mkdir(parents=True)
-        difference = write_graph(model, format="torchscript", network=network, file=staged / "models" / "model.ts")
-        _write_json(staged / "configs" / "metadata.json", _metadata(model))
-        _write_json(staged / "configs" / "inference.json", _inference(model, overlap=overlap))
-        (staged / "scripts" / "__init__.py").touch()
-        for script in (run_grid_inferer, keep_largest):
-            shutil.copyfile(str(script.__file__), staged / "scripts" / Path(str(script.__file__)).name)
-        values = ", ".join(f"{value} {name}" for value, name in enumerate(model.class_names))
-        readme = _README.format(
-            classes=", ".join(model.class_names[1:]), method=model.info.method, version=__version__, values=values
-        )
-        (staged / "docs" / "README.md").write_text(readme)
-        (staged / "LICENSE").write_text("Apache-2.0: https://www.apache.org/licenses/LICENSE-2.0\n")
-        staged.rename(target)
+        with writing(output):
+            for folder in ("configs", "models", "scripts", "docs"):
+                (staged / folder).mkdir(parents=True)
+            difference = write_graph(model, format="torchscript", network=network, file=staged / "models" / "model.ts")
+            _write_json(staged / "configs" / "metadata.json", _metadata(model))
+            _write_json(staged / "configs" / "inference.json", _inference(model, overlap=overlap))
+            (staged / "scripts" / "__init__.py").touch()
+            for script in (run_grid_inferer, keep_largest):
+                shutil.copyfile(str(script.__file__), staged / "scripts" / Path(str(script.__file__)).name)
+            values = ", ".join(f"{value} {name}" for value, name in enumerate(model.class_names))
+            readme = _README.format(
+                classes=", ".join(model.class_names[1:]), method=model.info.method, version=__version__, values=values
+            )
+            (staged / "docs" / "README.md").write_text(readme)
+            (staged / "LICENSE").write_text("Apache-2.0: https://www.apache.org/licenses/LICENSE-2.0\n")
+            staged.rename(target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return ExportReport(str(target), difference)

@@ -10,10 +10,12 @@ it, and C++ and MONAI bundles use it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import logging
+import os
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from distseg.errors import ConfigError, DistsegError, InputError
 from distseg.inference.model import Model
 
-SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts"}
+SUFFIXES = {"onnx": (".onnx",), "torchscript": (".ts", ".pt"), "monai_bundle": ()}  # the first is the default
 TOLERANCE = 1e-3  # of logits, which span several units; other kernels sum in another order
 _FREE_BATCH = 64
 
@@ -53,22 +55,55 @@ class Logits(nn.Module):
 
 
 def export_graph(model: Model, *, format: str, network: str, output: str) -> ExportReport:
-    """Write `output` if it names a file of the format's suffix, else `output`/model.SUFFIX; model.json beside it."""
-    suffix = SUFFIXES[format]
-    target = Path(output) if output.endswith((suffix, ".pt")) else Path(output) / f"model{suffix}"
+    """Write `output` if it names a file of one of the format's suffixes, else `output`/model.SUFFIX; model.json beside
+    it. Raises InputError for an `output` that cannot or must not be written."""
+    check_output(output, format=format)
+    suffixes = SUFFIXES[format]
+    target = Path(output) if output.endswith(suffixes) else Path(output) / f"model{suffixes[0]}"
     sidecar = target.with_suffix(".json")
+    check_no_run(target.parent)
     for file in (target, sidecar):
-        if file.exists():
+        if os.path.lexists(file):
             raise InputError("exists already", where="output", value=file, fix="choose another output= or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = target.with_name(f".{uuid.uuid4().hex[:8]}{suffix}")
+    staged = target.with_name(f".{uuid.uuid4().hex[:8]}{suffixes[0]}")
     try:
-        difference = write_graph(model, format=format, network=network, file=staged)
-        sidecar.write_text(json.dumps(describe(model, network=network), indent=1) + "\n")
-        staged.replace(target)
+        with writing(output):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            difference = write_graph(model, format=format, network=network, file=staged)
+            sidecar.write_text(json.dumps(describe(model, network=network), indent=1) + "\n")
+            staged.replace(target)
     finally:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is none, what was raised says so
+            staged.unlink(missing_ok=True)
     return ExportReport(str(target), difference)
+
+
+def check_output(output: str, *, format: str) -> None:
+    """Raises InputError for a name that says another format."""
+    for other, suffixes in SUFFIXES.items():
+        if other != format and output.endswith(suffixes):
+            fix = f"set format={other}, or choose an output= without that suffix"
+            raise InputError(f"not a name for format={format}", where="output", value=output, fix=fix)
+
+
+def check_no_run(folder: Path) -> None:
+    """Raises InputError for a run directory: a model.json of an export beside its own would be taken for the run's."""
+    if os.path.lexists(folder / "config.yaml") or os.path.lexists(folder / "model" / "model.json"):
+        raise InputError(
+            "a run directory", where="output", value=folder, rule="an export has a folder of its own",
+            fix=f"set output={folder / 'export'}",
+        )  # fmt: skip
+
+
+@contextmanager
+def writing(output: str) -> Iterator[None]:
+    """Around what writes: an OSError becomes an InputError that names `output`."""
+    try:
+        yield
+    except OSError as error:
+        fix = "choose an output= on a disk that may be written and has space"
+        why = error.strerror or str(error)
+        raise InputError("cannot be written", where="output", value=output, rule=why, fix=fix) from error
 
 
 def write_graph(model: Model, *, format: str, network: str, file: Path) -> float:
@@ -105,7 +140,10 @@ def describe(model: Model, *, network: str) -> dict[str, Any]:
 def _write_torchscript(logits: nn.Module, sample: Tensor, file: Path, about: str) -> Tensor:
     with _quiet(), torch.inference_mode():
         traced = torch.jit.trace(logits, sample, check_trace=False)  # type: ignore[no-untyped-call]  # torch's
-        torch.jit.save(traced, str(file), _extra_files={"metadata.json": about})
+        try:
+            torch.jit.save(traced, str(file), _extra_files={"metadata.json": about})
+        except RuntimeError as error:  # its word for a full disk, a folder that may not be written
+            raise OSError(str(error).partition("\n")[0]) from error
         again: Tensor = torch.jit.load(str(file))(sample)  # type: ignore[no-untyped-call]  # torch's
     return again
 

@@ -3,12 +3,12 @@ hangs is the one after the last line shown."""
 
 from __future__ import annotations
 
-import shutil
+import os
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 from distseg.config.verbs import DoctorConfig
+from distseg.data.place import is_url, join
 from distseg.work.doctor_checks import (
     Finding,
     check_devices,
@@ -21,11 +21,11 @@ from distseg.work.doctor_checks import (
     check_versions,
 )
 from distseg.work.node_facts import Disk, gather_facts
-from distseg.work.node_probes import local_round_trip, read_probe, write_probe
+from distseg.work.node_probes import local_round_trip, read_probe, remove_probes, write_probe
 
 
 def examine_machine(config: DoctorConfig) -> Iterator[Finding]:
-    """One finding a check. `config.storage` is absolute."""
+    """One finding a check. `config.storage` is absolute, or a URL."""
     facts = gather_facts()
     nodes = [facts]
     yield check_versions(nodes)
@@ -34,7 +34,7 @@ def examine_machine(config: DoctorConfig) -> Iterator[Finding]:
     yield check_reader(nodes)
     yield check_shared_memory(nodes, object_store_gib={})
     yield _check_storage(config)
-    yield check_disk({facts.node: [disk_of(config.storage), facts.temporary]})
+    yield check_disk({facts.node: [*disks_of(config.storage), facts.temporary]})
     try:
         yield check_round_trip("two processes", local_round_trip())
     except RuntimeError as error:
@@ -43,12 +43,15 @@ def examine_machine(config: DoctorConfig) -> Iterator[Finding]:
     yield Finding("authentication", "ok", "launcher=local starts no Ray and opens no port")
 
 
-def disk_of(storage: str) -> Disk:
-    """Of the storage, or of what is above it where it does not exist (which the storage check tells)."""
-    folder = Path(storage)
-    while not folder.exists():
-        folder = folder.parent
-    return Disk.under(folder)
+def disks_of(storage: str) -> list[Disk]:
+    """The storage's, or that of what is above it where it does not exist or cannot be looked at (which the storage
+    check tells); none behind a URL."""
+    if is_url(storage):
+        return []
+    folder = storage
+    while not os.path.exists(folder):  # False where a folder above may not be read: pathlib's raises there
+        folder = os.path.dirname(folder)
+    return [Disk.under(folder)]
 
 
 def _check_storage(config: DoctorConfig) -> Finding:
@@ -59,9 +62,9 @@ def _check_storage(config: DoctorConfig) -> Finding:
         read = written if written.error else read_probe(f"{folder}/0", nbytes, 0)
         return check_storage(config.storage, {"this machine": written}, {"this machine": read})
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_probes(folder)
 
 
 def probe_folder(storage: str) -> str:
     """Where this call's files lie; all its nodes use the same, another call another."""
-    return str(Path(storage) / f".distseg-doctor-{uuid.uuid4().hex[:8]}")
+    return join(storage, f".distseg-doctor-{uuid.uuid4().hex[:8]}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from distseg.data.place import is_url
 from distseg.work.node_facts import AGREE, Disk, NodeFacts
 from distseg.work.node_probes import Speed
 
@@ -187,12 +188,11 @@ def check_storage(storage: str, written: Mapping[str, Speed], read: Mapping[str,
         errors = {node: speed.error for node, speed in speeds.items() if speed.error}
         if errors:
             node, why = next(iter(errors.items()))
-            shared = len(written) > 1 and done == "read"
-            fix = (
-                "mount the same storage at that path on every node"
-                if shared
-                else "choose a storage= that exists and may be written"
-            )
+            fix = "choose a storage= that exists and may be written"
+            if is_url(storage):
+                fix = "check the URL, and the keys and the endpoint in the environment of each node"
+            elif len(written) > 1 and done == "read":
+                fix = "mount the same storage at that path on every node"
             return Finding(
                 "storage",
                 "fail",

@@ -26,7 +26,7 @@ def instructions(dockerfile: str) -> list[tuple[str, str]]:
 
 def of_the_environment(rest: str) -> bool:
     """A RUN line that fills the virtual environment: not one for the image's own system (users, apt)."""
-    return PREFIX in rest and "apt-get" not in rest
+    return PREFIX in rest and not any(word in rest for word in ("apt-get", "groupadd"))
 
 
 def copy(words: list[str], source: Path) -> None:

@@ -38,6 +38,11 @@ def test_every_command_composes(page: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert set(called) == {command[0] for command in words}
 
 
+def test_the_page_on_thresholds_answers_with_a_sweep() -> None:
+    verbs = [words[0] for words in commands(DEPLOY / "guides" / "which-threshold.md")]
+    assert verbs.index("tune") < verbs.index("train")  # --multirun is for a few that one names
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere_and_a_page_is_a_page(page: Path) -> None:
     text = page.read_text()

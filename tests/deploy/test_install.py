@@ -100,7 +100,7 @@ def test_the_wheelhouse_installs_without_an_index(python: str, tmp_path: Path) -
     script = str(DEPLOY / "offline" / "make_wheelhouse.sh")
     run(["bash", script, str(house), "cpu"], cwd=tmp_path, env=bare(PYTHON=python, TORCH_INDEX=TORCH_INDEX))
     wheels = {re.split(r"-\d", file.name)[0] for file in house.glob("*.whl")}
-    assert {"distseg", "torch", "ray", "monai", "zarr", "faiss_cpu"} <= wheels
+    assert {"distseg", "torch", "ray", "monai", "zarr", "faiss_cpu", "tensorstore", "s3fs"} <= wheels
     assert not [name for name in wheels if name.startswith(("faiss_gpu", "nvidia"))]
     # Whatever index or folder pip is told of elsewhere is not asked: these would make it fail.
     nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_FIND_LINKS": "http://127.0.0.1:9/wheels"}
@@ -134,7 +134,8 @@ def assert_works(venv: Path, cwd: Path, env: dict[str, str]) -> None:
     lines = {line[5:21].strip(): line for line in said.splitlines()}
     assert not [line for line in said.splitlines() if line.startswith("fail")], said
     assert "faiss-cpu" in lines["faiss"]
-    code = "import distseg, ray, torch; print(distseg.__file__, torch.version.cuda)"
+    assert "TensorStore" in lines["patches"]
+    code = "import distseg, ray, s3fs, torch, upath; print(distseg.__file__, torch.version.cuda)"
     where = run([str(venv / "bin" / "python"), "-c", code], cwd=cwd, env=env)
     assert where.split()[0].startswith(str(venv))
     assert where.split()[1] == "None"

@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import ray
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,6 +170,21 @@ def test_only_workers_have_gpus_and_their_number_grows(name: str) -> None:
     for group in spec["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_head_without_gcs_is_not_alive(name: str) -> None:
+    """Ray's agent tells of the raylet and, on the head, of the GCS at this path, without a token."""
+    reporter = Path(ray.__file__).parent / "dashboard"
+    assert '@routes.get("/api/healthz")' in (reporter / "modules" / "reporter" / "healthz_agent.py").read_text()
+    public = (reporter / "http_server_agent.py").read_text().split("PUBLIC_EXACT_PATHS = [")[1].split("]")[0]
+    assert '"/api/healthz"' in public
+    for which, pod in pods(name):
+        if which != "submitter":
+            (container,) = pod["spec"]["containers"]
+            for probe in ("readinessProbe", "livenessProbe"):
+                assert "'http://localhost:52365/api/healthz'" in container[probe]["exec"]["command"][2]
+                assert container[probe]["exec"]["command"][:2] == ["python", "-c"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -9,11 +9,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
+from ray.autoscaler._private.command_runner import _with_interactive
+from ray.autoscaler._private.util import with_head_node_ip
+
+from tests.deploy.dockerfile import instructions
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -63,24 +68,74 @@ def test_the_last_layer_is_small_pinned_and_not_root(name: str) -> None:
     assert {word for line in copied for word in line.split()} == {line[1:] for line in ignored if line[:1] == "!"}
 
 
-def test_the_two_images_differ_in_faiss_alone() -> None:
-    cpu, gpu = ((DEPLOY / name).read_text() for name in DOCKERFILES)
-    assert "'.[cpu]'" in cpu
-    assert "'.[gpu]'" in gpu
-    assert "grep -v '^faiss-'" in gpu  # constraints.txt pins the other one
+def test_the_two_images_differ_in_faiss_alone_and_reach_object_storage() -> None:
+    """The manifests hand them keys of S3; io brings TensorStore, without which a GPU waits for patches."""
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    for name, extra in zip(DOCKERFILES, ("cpu", "gpu"), strict=True):
+        assert f"--constraint constraints.txt '.[{extra},io,remote]'" in (DEPLOY / name).read_text()
+        assert any(pin.startswith(f"faiss-{extra}==") for pin in pins)  # what is not installed may have a pin
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_a_login_shell_of_the_image_finds_distseg(name: str, tmp_path: Path) -> None:
+    """`kubectl exec -- bash -l`, Ray's launcher. The image's /etc/profile.d is read here as its user's own profile."""
+    text = (DEPLOY / name).read_text()
+    (line,) = [rest for word, rest in instructions(text) if word == "RUN" and "profile.d" in rest]
+    written = re.search(r"echo (\S+) > /etc/profile\.d/distseg\.sh", line)
+    assert written is not None
+    (tmp_path / ".bash_profile").write_text(f"{written[1]}\n")
+    last = text.rsplit("\nFROM ", 1)[1]
+    path = re.search(r"ENV (PATH=\S+)", last)
+    assert path is not None
+    assert path[1] == written[1]
+    done = run("env", "-i", f"HOME={tmp_path}", path[1], "bash", "--login", "-c", "echo $PATH")
+    assert done.stdout.strip() == path[1].removeprefix("PATH=")
+
+
+def launcher() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((DEPLOY / "cluster-launcher" / "cluster.yaml").read_text())
+    return content
 
 
 def test_the_launchers_file_meets_rays_schema() -> None:
     schema = Path(ray.autoscaler.__file__).parent / "ray-schema.json"
-    content = yaml.safe_load((DEPLOY / "cluster-launcher" / "cluster.yaml").read_text())
+    content = launcher()
     jsonschema.validate(content, json.loads(schema.read_text()))
     starts = [c for key in ("head_start_ray_commands", "worker_start_ray_commands") for c in content[key]]
     assert all("RAY_AUTH_MODE=token" in command for command in starts if "ray start" in command)
     assert "--dashboard-host=127.0.0.1" in " ".join(starts)
     assert content["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
-    options = " ".join(content["docker"]["run_options"])
-    assert all(word in options for word in ("--user=1000", "--cap-drop=ALL", "--memory=", "--cpus=", "--shm-size="))
-    assert content["docker"]["image"].rsplit(":", 1)[1] != "latest"
+    assert "docker" not in content  # Ray copies files into a container by rsync and ssh, which ours do not have
+    assert content["auth"]["ssh_private_key"]  # without it the head reaches no worker
+
+
+@pytest.mark.parametrize("key", ["setup_commands", "head_start_ray_commands", "worker_start_ray_commands"])
+def test_the_launchers_commands_find_ray_in_the_shell_that_ray_gives_them(key: str, tmp_path: Path) -> None:
+    """A login shell's PATH is /etc/profile's; ssh hands one line to the user's shell there."""
+    venv = tmp_path / "bin"
+    venv.mkdir()
+    (tmp_path / ".bashrc").touch()
+    called = tmp_path / "called"
+    for name in ("ray", "distseg"):
+        (venv / name).write_text(f'#!/bin/sh\necho "{name} $RAY_AUTH_MODE $*" >> {called}\n')
+        (venv / name).chmod(0o755)
+    commands = [command.replace("/opt/distseg/bin", str(venv)) for command in launcher()[key]]
+    if key == "worker_start_ray_commands":
+        commands = with_head_node_ip(commands, "192.168.0.10")
+    for command in commands:
+        remote = " ".join(_with_interactive(command))
+        done = subprocess.run(
+            ["env", "-i", f"HOME={tmp_path}", "PATH=/usr/bin:/bin", "bash", "-c", remote],
+            capture_output=True, text=True, timeout=60, check=False, start_new_session=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    said = called.read_text().splitlines()
+    assert len(said) == len(commands)
+    if key != "setup_commands":
+        assert said[0].split() == ["ray", "stop"]
+        assert said[1].startswith("ray token start ")
+    if key == "worker_start_ray_commands":
+        assert "--address=192.168.0.10:6379" in said[1]
 
 
 @pytest.mark.parametrize(

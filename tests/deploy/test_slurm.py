@@ -102,17 +102,19 @@ def sbatch(
 @pytest.mark.ray
 @pytest.mark.timeout(500)
 def test_a_ray_cluster_forms_and_the_command_runs_on_it(hosts: Hosts, tmp_path: Path) -> None:
-    done = sbatch(hosts, tmp_path, "cohort", f"cohort={tmp_path}/none.zarr")
+    words = (f"run={tmp_path}/none", f"input={tmp_path}", f"output={tmp_path}/masks", "launcher=ray")
+    done = sbatch(hosts, tmp_path, "predict", *words, "resources.workers=2")
     lines = {
         line[5:21].strip(): line for line in done.stdout.splitlines() if line[:4].strip() in ("ok", "warn", "fail")
     }
     assert "2 nodes" in lines["cluster"], done.stdout + done.stderr
     assert lines["process group"].startswith("ok   process group   gloo over 2 nodes")
     assert "across 2 nodes" in lines["storage"]
+    assert "resources.workers=2 fits 2 CPUs" in lines["resources"]  # the job's own, handed to the doctor
     assert lines["authentication"].endswith("Ray asks for a token")
     assert not [line for line in lines.values() if line.startswith("fail")]
-    assert done.returncode == 2  # the command's own: there is no such cohort
-    assert "none.zarr" in done.stderr
+    assert done.returncode == 2  # the command's own: there is no such run
+    assert f"{tmp_path}/none: no trained model here" in done.stderr
     assert not ray_processes(os.getpid())
 
 

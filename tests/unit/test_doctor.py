@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import sys
+import tracemalloc
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +17,12 @@ import pytest
 
 import distseg
 from distseg.cli import main
+from distseg.data.place import as_place, is_url
 from distseg.matching import index_check
 from distseg.matching.index_check import FaissReport, faiss_report
 from distseg.work import doctor_checks as checks
 from distseg.work import node_facts, node_probes
+from distseg.work.doctor import disks_of
 from distseg.work.doctor_checks import Finding
 from distseg.work.node_facts import Disk, Gpu, NodeFacts
 from distseg.work.node_probes import Speed
@@ -138,6 +143,11 @@ WITHOUT_RAY = {name: value for name, value in VERSIONS.items() if name != "ray"}
             ),
             "fail",
             "cannot be read on a, b: No such file (a); mount the same storage",
+        ),
+        (
+            checks.check_storage("s3://b", {"a": Speed(9), "b": Speed(9)}, {"a": Speed(error="Forbidden")}),
+            "fail",
+            "s3://b cannot be read on a: Forbidden; check the URL, and the keys and the endpoint",
         ),
     ],
     ids=lambda value: value.check if isinstance(value, Finding) else None,
@@ -286,6 +296,64 @@ def test_storage_is_written_read_and_compared(tmp_path: Path) -> None:
     assert node_probes.read_probe(file, 3_000_000, 2).error == "the bytes read are not those written"
     assert node_probes.read_probe(f"{tmp_path}/gone", 1, 1).error == "No such file or directory"
     assert node_probes.write_probe(f"{tmp_path}/no/probe/0", 1, 1).error == f"{tmp_path}/no is no folder there"
+    node_probes.remove_probes(f"{tmp_path}/probe")
+    node_probes.remove_probes(f"{tmp_path}/probe")  # another node was faster
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("storage", ["{tmp_path}", "memory://distseg-doctor-pieces"])
+def test_a_probe_of_any_size_is_written_and_read_in_pieces(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_probes, "PIECE_NBYTES", 2**16)
+    place = as_place(storage.format(tmp_path=tmp_path) + "/probe/0")
+    nbytes = 40 * 2**16 + 7
+    tracemalloc.start()
+    try:
+        assert node_probes.write_probe(str(place), nbytes, 1).error is None
+        assert node_probes.read_probe(str(place), nbytes, 1).error is None
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    if not is_url(storage):  # memory:// holds the object itself
+        assert held < nbytes / 4
+    written = place.read_bytes()
+    assert len(written) == nbytes
+    assert len({written[start : start + 64] for start in range(0, nbytes, 2**16)}) == 41  # no piece comes twice
+    place.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))
+    assert node_probes.read_probe(str(place), nbytes, 1).error == "the bytes read are not those written"
+    place.write_bytes(written + b"x")
+    assert node_probes.read_probe(str(place), nbytes, 1).error == "more bytes are read than were written"
+    place.write_bytes(written[:-1])
+    assert node_probes.read_probe(str(place), nbytes, 1).error == "the bytes read are not those written"
+    node_probes.remove_probes(str(place.parent))
+    assert not place.exists()
+
+
+def test_a_url_that_cannot_be_reached_is_an_error_of_the_node() -> None:
+    unknown = node_probes.write_probe("nosuch://bucket/probe/0", 1, 1).error
+    assert unknown is not None
+    assert unknown.startswith("storage: URL that cannot be read here")
+    assert node_probes.read_probe("memory://distseg-doctor-none/probe/0", 1, 1).error is not None
+    node_probes.remove_probes("nosuch://bucket/probe")
+
+
+def test_the_disk_below_a_folder_that_may_not_be_read_is_that_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another user's home is to all but root, whom no folder refuses: so os.stat says what it says to others."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    stat = os.stat
+
+    def refused(path: Any, *rest: Any, **more: Any) -> os.stat_result:
+        if str(path).startswith(f"{closed}/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *rest, **more)
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert [disk.path for disk in disks_of(f"{closed}/below/deeper")] == [str(closed)]
+    assert disks_of("s3://bucket/folder") == []
 
 
 def test_a_wrong_sum_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -308,6 +376,16 @@ def test_this_machine_is_examined_without_ray(tmp_path: Path, capsys: pytest.Cap
     assert [line[5:21].strip() for line in lines] == list(LOCAL_CHECKS)
     assert code == (2 if any(line.startswith("fail") for line in lines) else 0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_storage_behind_a_url_is_examined(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distseg.work.doctor.local_round_trip", lambda: 0.01)
+    main(["doctor", "launcher=local", "storage=memory://distseg-doctor/cohorts/", "storage_mib=1"])
+    lines = {line[5:21].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert list(lines) == list(LOCAL_CHECKS)
+    assert "memory://distseg-doctor/cohorts: written at" in lines["storage"]
+    assert not lines["storage"].startswith("fail")
+    assert as_place("memory://distseg-doctor").fs.find("/distseg-doctor") == []  # type: ignore[attr-defined]  # a UPath
 
 
 def test_failures_are_code_2_and_named(

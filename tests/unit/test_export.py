@@ -198,6 +198,73 @@ def test_an_existing_bundle_is_left_alone(run: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
+@pytest.mark.parametrize("format", ["torchscript", "onnx", "monai_bundle"])
+@pytest.mark.parametrize("kept", ["config.yaml", "model/model.json"])
+def test_a_run_is_no_place_for_an_export(format: Any, kept: str, run: str, tmp_path: Path) -> None:
+    """RUN/model.json would be taken for the run's own model, which then cannot be read."""
+    (tmp_path / kept).parent.mkdir(exist_ok=True)
+    (tmp_path / kept).write_text("")
+    message = rf"output: a run directory \(got {tmp_path}\); an export has a folder .*; set output={tmp_path}/export"
+    with pytest.raises(InputError, match=message):
+        distseg.export(run=run, output=tmp_path, format=format)
+    with pytest.raises(InputError, match="a run directory|not a name"):
+        distseg.export(run=run, output=tmp_path / "model.ts", format=format)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [kept]
+
+
+def test_an_export_beside_a_runs_own_files_leaves_the_run_readable(run: str) -> None:
+    distseg.export(run=run, output=Path(run) / "export", format="torchscript")
+    load_model(run)
+    with pytest.raises(InputError, match="a run directory"):
+        distseg.export(run=run, output=run, format="torchscript")
+    load_model(run)
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "says"),
+    [
+        ("onnx", "x.pt", "output: not a name for format=onnx (got {0}/x.pt); set format=torchscript"),
+        ("onnx", "x.ts", "output: not a name for format=onnx (got {0}/x.ts); set format=torchscript"),
+        ("torchscript", "x.onnx", "output: not a name for format=torchscript (got {0}/x.onnx); set format=onnx"),
+        ("monai_bundle", "x.onnx", "output: not a name for format=monai_bundle (got {0}/x.onnx); set format=onnx"),
+    ],
+)
+def test_a_suffix_of_another_format_is_refused(
+    format: str, name: str, says: str, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", f"run={run}", f"output={tmp_path / name}", f"format={format}"]) == 2
+    assert capsys.readouterr().err.startswith(says.format(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["file/bundle", "file/model.ts", "file"])
+def test_a_place_that_cannot_be_written_is_one_line(
+    name: str, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    format = "monai_bundle" if name.endswith("bundle") else "torchscript"
+    assert main(["export", f"run={run}", f"output={tmp_path / name}", f"format={format}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"output: cannot be written (got {tmp_path / name}); ")
+    assert "; choose an output= on a disk that may be written and has space" in said
+    assert len(said.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_torch_says_of_a_full_disk_is_an_error_of_the_output(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **more: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed\nframe #0: ...")
+
+    monkeypatch.setattr(torch.jit, "save", full)
+    for format in ("torchscript", "monai_bundle"):
+        message = rf"output: cannot be written \(got {tmp_path}/{format}\); PytorchStreamWriter .* write failed; choose"
+        with pytest.raises(InputError, match=message):
+            distseg.export(run=run, output=tmp_path / format, format=format)  # type: ignore[arg-type]  # a loop's text
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def test_a_missing_package_is_named(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     pytest.importorskip("onnx", reason="distseg[onnx] is not installed")

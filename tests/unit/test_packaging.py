@@ -87,7 +87,7 @@ def test_constraints_pin_a_version_in_range_for_every_dependency() -> None:
     lines = [line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
     pins = {canonicalize_name(name): version for name, version in lines}
     wanted = PROJECT["dependencies"] + [
-        line for extra in ("cpu", "io", "remote", "dev") for line in PROJECT["optional-dependencies"][extra]
+        line for extra in ("cpu", "gpu", "io", "remote", "dev") for line in PROJECT["optional-dependencies"][extra]
     ]
     for line in wanted:
         requirement = Requirement(line)
