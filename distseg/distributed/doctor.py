@@ -123,7 +123,9 @@ def _hanging(check: str, silent: dict[str, str], *, on: str = "", fix: str = "")
 
 
 def _nobody(check: str) -> Finding:
-    return Finding(check, "fail", "not measured: no node is left that answers", "mend what is told above, then try again")
+    return Finding(
+        check, "fail", "not measured: no node is left that answers", "mend what is told above, then try again"
+    )
 
 
 def _storage(config: DoctorConfig, actors: dict[str, Any]) -> tuple[Finding, dict[str, str]]:

@@ -65,11 +65,11 @@ def prepare(config: TuneRunConfig) -> Prepared:
         config.tune.search, space, seed=config.seed, maximise=OBJECTIVES[config.tune.objective] == "max"
     )
     settings, notes = _decided(config, space, search)
-    warmup_steps, said = warmup_steps_of(config, space)
     default = train_part(config)
     planned = _planned(settings, search)
     tried = _composed(default, space, planned)
     _check_read(space, tried)
+    warmup_steps, said = warmup_steps_of(config, space)
     passes = cheapest_passes([default, *tried])
     base = make_base(config, settings, passes=passes, warmup_steps=warmup_steps)
     warmup = make_warmup(config, warmup_steps)

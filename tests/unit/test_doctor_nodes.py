@@ -152,9 +152,9 @@ def test_a_cluster_that_grows_is_asked_for_the_jobs_workers_before_its_nodes_are
 
         def __exit__(self, *error: object) -> None: ...
 
-    monkeypatch.setattr(doctor, "connect", lambda workers: Connection())
+    monkeypatch.setattr(doctor, "connect", lambda **_: Connection())
     monkeypatch.setattr(doctor, "wait_for_nodes", lambda **asked: happened.append(asked))
-    monkeypatch.setattr(doctor, "start", lambda nodes: {})
+    monkeypatch.setattr(doctor, "start", lambda *_: {})
     config = DoctorConfig(resources=ResourcesConfig(workers=4, gpus_per_worker=1.0))
     findings = list(doctor.examine_cluster(config))
     assert happened == [{"workers": 4, "gpus_per_worker": 1.0}, "nodes"]

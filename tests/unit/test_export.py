@@ -207,7 +207,7 @@ def test_a_run_is_no_place_for_an_export(format: Any, kept: str, run: str, tmp_p
     message = rf"output: a run directory \(got {tmp_path}\); an export has a folder .*; set output={tmp_path}/export"
     with pytest.raises(InputError, match=message):
         distseg.export(run=run, output=tmp_path, format=format)
-    with pytest.raises(InputError, match="a run directory|not a name"):
+    with pytest.raises(InputError, match=r"a run directory|not a name"):
         distseg.export(run=run, output=tmp_path / "model.ts", format=format)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()] == [kept]
 
