@@ -76,7 +76,10 @@ def get(references: Any, *, timeout: float) -> Any:
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = types.SimpleNamespace(wait=wait, get=get, exceptions=ray.exceptions)
+    second = types.SimpleNamespace(options=lambda **_: types.SimpleNamespace(remote=lambda: Actor({})))
+    fake = types.SimpleNamespace(
+        wait=wait, get=get, exceptions=ray.exceptions, remote=lambda _: second, kill=lambda _: None
+    )
     monkeypatch.setattr(doctor, "ray", fake)
     monkeypatch.setattr(doctor_nodes, "ray", fake)
 
