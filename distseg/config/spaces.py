@@ -108,7 +108,7 @@ class Parameter:
         if not _is_number(value) or not self.low <= value <= self.high:
             return False
         steps = (value - self.low) / self.step if self.step is not None else 0.0
-        return abs(steps - round(steps)) < _OFF_GRID
+        return bool(abs(steps - round(steps)) < _OFF_GRID)
 
     def ends(self) -> tuple[Any, ...]:
         """Its extreme values, or all of a list."""

@@ -83,7 +83,8 @@ class OptunaSearch:
             ) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._space, self._seed = optuna, space, seed
-        self._direction = "maximize" if maximise else "minimize"
+        directions = optuna.study.StudyDirection
+        self._direction = directions.MAXIMIZE if maximise else directions.MINIMIZE
 
     def ask(self, number: int, ended: Sequence[Ended] = ()) -> Values | None:
         # Seeded by the number: a sampler with one seed a session would begin its draws again after an interruption.
