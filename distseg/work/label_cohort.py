@@ -23,6 +23,7 @@ from rich.console import Console
 
 from distseg.config.verbs import LabelSectionConfig
 from distseg.data.carry import OWNER, patiently
+from distseg.data.dicom.folder import any_dicom
 from distseg.data.label_output import read_cohort
 from distseg.data.place import is_url, reachable
 from distseg.errors import InputError, RunMismatchError
@@ -69,9 +70,9 @@ def label_cohort(
     fingerprint = model_fingerprint(run)
     model, _ = cached_model(run, fingerprint)
     folder = reachable(output, key="output")
+    _check_place(folder, cohort)
     sources = find_sources(cohort, only=settings.only, salt=lambda: cohort_salt(folder / SALT))
     rule = rule_of(settings, model.info)
-    _check_place(folder, cohort, sources)
     _say_how(model, sources)
     with _owning(folder) as owner:
         ledger = open_ledger(folder, _identity(fingerprint, model, rule, overlap=settings.overlap), _hidden(cohort))
@@ -109,10 +110,10 @@ def label_cohort(
     return report
 
 
-def _check_place(output: Path, cohort: str, sources: Sources) -> None:
+def _check_place(output: Path, cohort: str) -> None:
     if (output / "config.yaml").exists() or (output / "model").exists():
         raise InputError("a run lives here", where="output", value=output, fix="choose another output=")
-    if sources.has_names and not is_url(output) and output.is_relative_to(cohort):
+    if not is_url(cohort) and output.is_relative_to(cohort) and Path(cohort).is_dir() and any_dicom(Path(cohort)):
         rule = "NIfTI files below a DICOM folder are taken for labels of its series"
         raise InputError("inside the DICOM folder", where="output", value=output, rule=rule, fix="choose one beside it")
 

@@ -125,7 +125,8 @@ class _Bench:
         last, after = steps(), _cpu(hosts, names)
         _ended_well(driver, hosts)
         seconds = [row["time_step_s"] for row in RunDirectory(run_path).metrics()[SETTLING:]]
-        return statistics.median(seconds), _busiest_s(before, after, len(names)) / (last - first), first_step_s
+        cpu_s = _busiest_s(before, after, len(names)) / len(names)
+        return statistics.median(seconds), cpu_s / (last - first), first_step_s
 
     def _label(self, hosts: Hosts, names: tuple[str, ...], output: Path) -> tuple[float, float]:
         """Seconds that a worker takes for a scan, and its CPU time."""

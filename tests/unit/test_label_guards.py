@@ -139,6 +139,7 @@ def test_annotated_folders_of_others_are_labelled(run: str, tmp_path: Path, caps
     assert label(run, str(tmp_path / "dicom"), tmp_path / "o4", only).labelled == 1
     with pytest.raises(InputError, match=r"output: inside the DICOM folder.*choose one beside it"):
         label(run, str(tmp_path / "dicom"), tmp_path / "dicom/out", QUIET)
+    assert not (tmp_path / "dicom/out").exists()
 
 
 def test_a_dry_run_passes_over_what_the_labelling_would(run: str, tmp_path: Path) -> None:

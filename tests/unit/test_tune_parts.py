@@ -406,7 +406,11 @@ BANK = space_of(matching__k={"uniform": [1, 8]})
         ),
         (BANK, {"matching__kind": "prototypes"}, r"matching\.k: swept.* read with matching\.kind=index alone"),
         (space_of(references__band_inside_mm={"uniform": [1, 9]}), {}, r"read with references\.draw=surface or"),
-        (space_of(data__pseudo_share={"uniform": [0, 1]}), {}, r"read with data\.pseudo_labels alone"),
+        (
+            space_of(data__pseudo_share={"uniform": [0, 1]}),
+            {"tune__warmup_steps": 0},
+            r"read with data\.pseudo_labels alone",
+        ),
     ],
 )
 def test_a_space_that_cannot_be_swept_so(
