@@ -25,7 +25,7 @@ from distseg.data.intensity import Intensity
 from distseg.data.patches import PatchReader
 from distseg.data.place import as_place, create_text
 from distseg.errors import ConfigError, DataError, InputError
-from distseg.work import url_owner
+from distseg.work import node_probes, url_owner
 from distseg.work.cohort_actions import list_cohort, remove_scan, repair_cohort
 from distseg.work.executor import LocalExecutor
 from distseg.work.url_owner import owning_url
@@ -406,3 +406,15 @@ def distseg_command(*words: str) -> int:
     assert "Traceback" not in done.stderr, done.stderr
     print(words, done.returncode, done.stdout, done.stderr)  # shown where a test fails
     return done.returncode
+
+
+@pytest.mark.slow
+def test_the_doctors_probes_reach_s3(s3_bucket: str) -> None:
+    file, nbytes = f"{s3_bucket}/sub/probe/0", 2 * node_probes.PIECE_NBYTES + 5
+    assert node_probes.write_probe(file, nbytes, 1).error is None
+    assert node_probes.read_probe(file, nbytes, 1).mib_per_s > 0
+    assert node_probes.read_probe(file, nbytes, 2).error == "the bytes read are not those written"
+    node_probes.remove_probes(f"{s3_bucket}/sub/probe")
+    assert not as_place(file).exists()
+    assert node_probes.read_probe(file, nbytes, 1).error is not None
+    assert node_probes.write_probe("s3://no-such-bucket/probe/0", 1, 1).error is not None
