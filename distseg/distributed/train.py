@@ -157,8 +157,6 @@ def _watched(
     with TerminalReporter(title=Path(config.run).name, enabled=config.logging.progress) as reporter:
         for note in notes:
             reporter.note(note)
-        if config.resources.workers > 1:
-            reporter.note(f"workers wait {config.train.worker_timeout_s} s for each other (train.worker_timeout_s)")
         follower = threading.Thread(target=_follow, args=(run, config, reporter, done, owner, faults, resumed_from))
         follower.start()
         try:
