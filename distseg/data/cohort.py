@@ -183,6 +183,10 @@ class Scan:
         write_nifti(path, self.native.from_canonical(np.asarray(mask, np.uint8)), self.native)
 
     @cached_property
+    def _lacking(self) -> dict[str, str]:
+        return lacking(as_place(self.path), self.attrs.get("files", {}))
+
+    @cached_property
     def _samples(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         voxels = np.asarray(self._array("samples/voxels")[...], np.int32)
         return voxels, np.asarray(self._array("samples/intensities")[...], np.float32)
@@ -197,10 +201,10 @@ class Scan:
         return array
 
     def _array(self, name: str) -> StoredArray:
-        lacks = lacking(as_place(self.path), self.attrs.get("files", {}), [name])
-        if lacks is not None:
+        if name in self._lacking:
             rule, fix = "what is missing would read as zeros", "copy the store again, or ingest that scan again"
-            raise DataError("the scan is not all there", where=self.scan_id, value=lacks, rule=rule, fix=fix)
+            value = self._lacking[name]
+            raise DataError("the scan is not all there", where=self.scan_id, value=value, rule=rule, fix=fix)
         return open_array(f"{self.path}/{name}")
 
 

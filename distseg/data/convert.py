@@ -145,7 +145,7 @@ def _is_whole(scan: Path, record: ScanRecord) -> bool:
     if attrs is None or attrs.get("complete") is not True:
         return False
     same = (attrs.get("sha256"), attrs.get("label_sha256")) == (record.sha256, record.label_sha256)
-    return same and lacking(scan, attrs.get("files", {})) is None
+    return same and not lacking(scan, attrs.get("files", {}))
 
 
 def _on_stored_grid(

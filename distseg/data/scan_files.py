@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from distseg.data.carry import files_below
@@ -21,17 +21,18 @@ def count_files(scan: Path) -> dict[str, int]:
     return {array.relative_to(scan).as_posix(): _files(array) for array in sorted(arrays)}
 
 
-def lacking(scan: Path, counted: Mapping[str, int], names: Iterable[str] | None = None) -> str | None:
-    """One line where an array (of `names`; None: any) has fewer files than `counted`; older scans do not say."""
-    for name in counted if names is None else names:
-        wanted = counted.get(name)
-        found = wanted if wanted is None else _files(scan / name)
-        if found is not None and wanted is not None and found < wanted:
-            return f"{name}: {found} of {wanted} files"
-    return None
+def lacking(scan: Path, counted: Mapping[str, int]) -> dict[str, str]:
+    """Array's name -> one line, of those that have fewer files than `counted`; {} for scans of before it was kept. One
+    listing, where the scan is behind a URL."""
+    listed = files_below(scan) if is_url(scan) and counted else []
+    found = {
+        name: sum(file.startswith(f"{name}/") and not file.endswith(METADATA) for file in listed)
+        if is_url(scan)
+        else _files(scan / name)
+        for name in counted
+    }
+    return {name: f"{name}: {found[name]} of {n} files" for name, n in counted.items() if found[name] < n}
 
 
 def _files(array: Path) -> int:
-    if is_url(array):
-        return sum(not name.endswith(METADATA) for name in files_below(array))
     return sum(name != METADATA for _, _, names in os.walk(array) for name in names)

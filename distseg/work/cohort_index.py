@@ -68,8 +68,7 @@ def reconcile(cohort: Path, *, trust_index: bool) -> Reconciled:
             continue
         if record is not None:
             records[folder.name] = record
-            lacks = lacking(folder, (read_attrs(folder) or {}).get("files", {}))
-            if lacks is not None:
+            for lacks in lacking(folder, (read_attrs(folder) or {}).get("files", {})).values():
                 told = DataError("the scan is not all there", value=lacks, fix="copy the store or ingest it again")
                 found.left.append((folder.name, str(told)))
         else:
