@@ -61,7 +61,8 @@ def is_begun(output: Path) -> bool:
 def others_files(output: Path) -> list[str]:
     """What lies where a labelling writes; of an output that is not begun, somebody else's."""
     reviews = [name for name in REVIEW if (output / name).exists()]
-    return [*(f"{kind}/{name}" for kind in KINDS for name in sorted(_names(output / kind))), *reviews]
+    files = [f"{kind}/{name}" for kind in KINDS for name in sorted(_names(output / kind)) if name[0] != "."]
+    return [*files, *reviews]
 
 
 def read_identity(output: Path) -> dict[str, Any]:
