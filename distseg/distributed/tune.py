@@ -152,10 +152,11 @@ def _check_population(sweep: Sweep, room: int, workers: int) -> None:
 
 def _check_dashboard() -> None:
     """Ray Train frees a stopped run's CPUs through it: without, a sweep with ASHA would wait for them for ever."""
+    address = ray.get_runtime_context().gcs_address  # ours: without it, a second Ray on this machine is an error
     deadline = time.monotonic() + _DASHBOARD_S
     while True:
         try:
-            ray.util.state.list_nodes(limit=1, timeout=_DASHBOARD_S)
+            ray.util.state.list_nodes(address=address, limit=1, timeout=_DASHBOARD_S)
             return
         except (ray.util.state.exception.RayStateApiException, ConnectionError) as error:
             if time.monotonic() >= deadline:  # one that is on its way up refuses at once: it is asked again

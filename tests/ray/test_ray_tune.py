@@ -127,7 +127,11 @@ def test_a_dashboard_on_its_way_up_is_asked_again(monkeypatch: pytest.MonkeyPatc
     """It refuses at once until it listens; one that never does is one line, after a minute."""
     clock, asked, answers_at = [0.0], [0], [20.0]
 
-    def list_nodes(**_: Any) -> list[Any]:
+    # Two Rays on one machine are two dashboards: without an address the question is an error.
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1234"))
+
+    def list_nodes(*, address: str, **_: Any) -> list[Any]:
+        assert address == "127.0.0.1:1234"
         asked[0] += 1
         if clock[0] < answers_at[0]:
             raise ServerUnavailable("refused")
