@@ -113,7 +113,8 @@ def label_cohort(
 def _check_place(output: Path, cohort: str) -> None:
     if (output / "config.yaml").exists() or (output / "model").exists():
         raise InputError("a run lives here", where="output", value=output, fix="choose another output=")
-    if not is_url(cohort) and output.is_relative_to(cohort) and Path(cohort).is_dir() and any_dicom(Path(cohort)):
+    local = not is_url(cohort) and not is_url(output)
+    if local and output.is_relative_to(cohort) and Path(cohort).is_dir() and any_dicom(Path(cohort)):
         rule = "NIfTI files below a DICOM folder are taken for labels of its series"
         raise InputError("inside the DICOM folder", where="output", value=output, rule=rule, fix="choose one beside it")
 

@@ -322,7 +322,7 @@ def test_memory_is_a_plus_a_byte_a_voxel(tmp_path: Path, image: Any, matcher: An
                 assert facts.matched == (0 if matcher is None else facts.voxels)
 
             spools = dict(zip(KINDS, (masks, trusts), strict=True))
-            written = lambda: _write(spools, task, native, num_classes=CLASSES)  # noqa: E731  # once, in a line
+            written = lambda: _write(spools, tmp_path, task, native, num_classes=CLASSES)  # noqa: E731  # once, in a line
             return peak_mib(scan, CPU), peak_mib(written, CPU)
 
     peaks(32)  # what torch and oneDNN keep
