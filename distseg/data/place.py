@@ -1,4 +1,4 @@
-"""Where a cohort, a run or an output lies: a folder of this file system, or what an fsspec URL names (s3://bucket/cohort.zarr).
+"""Where a cohort, a run or an output lies: a folder of this file system, or what an fsspec URL names, s3://bucket/x.
 
 A place behind a URL is a universal_pathlib.UPath, which has the calls of pathlib.Path that are used here; it is typed
 as one. What a file system does by renaming, an object store does by putting one whole object: `write_text` is atomic on

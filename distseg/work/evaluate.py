@@ -62,7 +62,8 @@ def evaluate_run(
     folder = _target(as_place(run, key="run"), name)
     _check_classes(model.class_names, opened.class_names)
     chosen, skipped = _choose_scans(opened, split)
-    others = model.info.of_others(record.modality for record in opened.records if record.scan_id in set(chosen))
+    wanted = set(chosen)
+    others = model.info.of_others(record.modality for record in opened.records if record.scan_id in wanted)
     if others:
         Console(stderr=True).print(f"note: {others}", highlight=False)
     threads = max(1, available_cores() // executor.workers)
